@@ -1,0 +1,55 @@
+# `make` alone says what there is. Every target prepares what it needs and says so.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+INVENTORY ?= inventories/lab
+PROFILE ?= cpu
+SCENARIO ?=
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen-coder
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help
+help:  ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.complete: requirements/controller.txt requirements/bootstrap.txt scripts/bootstrap
+	@scripts/bootstrap
+
+service_src/.venv/.complete: service_src/profiles/cpu.txt service_src/profiles/test.txt | .venv/.complete
+	@scripts/service-venv $(CACHE)/wheelhouse
+
+.PHONY: venv
+venv: .venv/.complete  ## the control machine's environment (Ansible, Molecule, linters)
+
+.PHONY: deploy
+deploy: .venv/.complete  ## the whole chain on the lab, or on INVENTORY=inventories/..., ending with a chat
+	@scripts/deploy $(INVENTORY)
+
+.PHONY: lab-destroy
+lab-destroy: .venv/.complete  ## remove the lab: hosts, network, image, state
+	@ansible-playbook -i inventories/lab molecule/lab/destroy.yml -e lab_destroy_all=true
+	@rm -rf .cache/facts
+
+.PHONY: check
+check: .venv/.complete service_src/.venv/.complete  ## lint, types and unit tests
+	@scripts/run-checks
+
+.PHONY: test
+test: .venv/.complete service_src/.venv/.complete  ## everything: check, the engine's tests, every molecule scenario (or SCENARIO=...)
+	@scripts/run-tests $(SCENARIO)
+
+.PHONY: wheelhouse
+wheelhouse: .venv/.complete  ## the wheels of PROFILE=cpu|cuda12|cuda13, to carry to hosts without internet
+	@python service_src/scripts/build_wheelhouse.py --profile $(PROFILE) --output $(CACHE)/wheelhouse
+
+.PHONY: lock
+lock: .venv/.complete  ## make every lock file anew from its .in file
+	@scripts/lock
+
+.PHONY: docs
+docs: .venv/.complete  ## the role reference, from the argument specifications
+	@python scripts/role_reference.py
+
+.PHONY: clean
+clean:  ## remove this checkout's environments and caches (the lab stays: make lab-destroy)
+	@rm -rf .venv .cache .ansible service_src/.venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,42 @@
+# Sourced by the other scripts: phases that say what they do and how long they took.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+phases=()
+phase_name=""
+
+say() { printf '%s\n' "$*"; }
+
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+end_phase() {
+  [ -z "$phase_name" ] && return
+  phases+=("$(printf '%6ss  %s' $((SECONDS - phase_start)) "$phase_name")")
+  phase_name=""
+}
+
+phase() {
+  end_phase
+  phase_name=$1 phase_start=$SECONDS
+  printf '\n== %s\n' "$1"
+}
+
+summary() {
+  end_phase
+  printf '\n'
+  printf '%s\n' "${phases[@]}"
+  printf '%6ss  in all\n' "$SECONDS"
+}
+
+# install Debian packages that this machine lacks, saying so: need PURPOSE PACKAGE...
+need() {
+  local purpose=$1 missing=() package
+  shift
+  for package in "$@"; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  [ "$(id -u)" -eq 0 ] || die "$purpose needs ${missing[*]}: install them as root (apt-get install ${missing[*]}) and run this again."
+  say "installing ${missing[*]}: $purpose needs them"
+  apt-get update -qq || say "apt-get update reported errors; going on with what is known"
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
