@@ -12,11 +12,16 @@ def _name(values: list[str]) -> str:
 
 
 def _value(variables: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A host's value of a variable; the default where it is unset or its template cannot be resolved."""
+    """A host's value of a variable; the default where it is unset.
+
+    Raises:
+        LookupError: its template refers to something that is not defined; the message names that.
+    """
     try:
         value = variables.get(name, default)
-    except Exception:  # noqa: BLE001 - an unresolvable template means the same to the operator: not set
-        return default
+        str(value)  # an undefined variable inside a template shows when it is used, and not before
+    except Exception as error:
+        raise LookupError(str(error)) from error
     return default if value is None else value
 
 
@@ -60,12 +65,18 @@ def _wrong_ports(host: str, variables: Mapping[str, Any], words: Mapping[str, An
     return found
 
 
-def _undefined(host: str, variables: Mapping[str, Any], words: Mapping[str, Any], parts: set[str]) -> list[str]:
-    return [
-        f"{host}: {name} is not set; set it to {entry['to']}."
-        for name, entry in words["required"].items()
-        if parts & set(entry["parts"]) and _value(variables, name) in (None, "", [], {})
-    ]
+def _unset(host: str, variables: Mapping[str, Any], words: Mapping[str, Any], parts: set[str]) -> list[str]:
+    found = []
+    for name, entry in words["required"].items():
+        if not parts & set(entry["parts"]):
+            continue
+        try:
+            value, reason = _value(variables, name), ""
+        except LookupError as error:
+            value, reason = None, f" ({error})"
+        if value in (None, "", [], {}):
+            found.append(f"{host}: {name} is not set{reason}; set it to {entry['to']}.")
+    return found
 
 
 def qwen_inventory_problems(
@@ -90,10 +101,13 @@ def qwen_inventory_problems(
             parts_of.setdefault(host, set()).add(part)
     for host, parts in sorted(parts_of.items()):
         variables = hostvars[host]
-        if "node" in parts:
-            found += _wrong_tier(host, variables, words)
-        found += _wrong_ports(host, variables, words, parts)
-        found += _undefined(host, variables, words, parts)
+        try:
+            if "node" in parts:
+                found += _wrong_tier(host, variables, words)
+            found += _wrong_ports(host, variables, words, parts)
+        except LookupError as error:
+            found.append(f"{host}: {error}; set it, or what refers to it.")
+        found += _unset(host, variables, words, parts)
     return found
 
 
