@@ -1,0 +1,51 @@
+"""Role haproxy: instances beside each other, hardened, reloaded without cutting a stream."""
+
+import pytest
+
+
+@pytest.mark.parametrize(("name", "port"), [("one", 8441), ("two", 8442)])
+def test_instances_stand_beside_each_other(on, name, port):
+    host = on("gw1")
+    assert host.service(name).is_running
+    assert host.service(name).is_enabled
+    assert host.check_output(f"curl -fsS --cacert /etc/qwen-pki/ca.crt --resolve gw1:{port}:127.0.0.1 https://gw1:{port}/word") == name
+
+
+def test_debians_own_instance_is_off(on):
+    assert not on("gw1").service("haproxy").is_running
+    assert not on("gw1").service("haproxy").is_enabled
+
+
+def test_reload_lets_a_stream_end(on):
+    """The stream begins before the reload and ends after it, served by the old worker; the new worker answers meanwhile."""
+    stream = on("gw1").run(
+        "curl -sSN --cacert /etc/qwen-pki/ca.crt --resolve gw1:8441:127.0.0.1 -H 'Content-Type: application/json' "
+        """-d '{"stream": true, "events": 10}' https://gw1:8441/chat > /tmp/stream & """
+        "sleep 1; before=$(systemctl show -p MainPID --value one); systemctl reload one; after=$(systemctl show -p MainPID --value one); "
+        "curl -fsS --cacert /etc/qwen-pki/ca.crt --resolve gw1:8441:127.0.0.1 https://gw1:8441/word; "
+        "wait %1; echo rc=$? same=$([ $before = $after ] && echo yes); grep -c data: /tmp/stream"
+    )
+    assert stream.stdout.split() == ["one", "rc=0", "same=yes", "10"]
+
+
+def test_stop_lets_a_stream_end(on):
+    stream = on("gw1").run(
+        "curl -sSN --cacert /etc/qwen-pki/ca.crt --resolve gw1:8442:127.0.0.1 -H 'Content-Type: application/json' "
+        """-d '{"stream": true, "events": 10}' https://gw1:8442/chat > /tmp/stream & """
+        "sleep 1; systemctl restart two; wait %1; echo rc=$?; grep -c data: /tmp/stream"
+    )
+    assert stream.stdout.split() == ["rc=0", "10"]
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_unit_is_hardened(on, name):
+    host = on("gw1")
+    assert host.run(f"systemd-analyze security --threshold=20 {name}.service").rc == 0
+    pid = host.check_output(f"systemctl show -p MainPID --value {name}")
+    assert host.check_output(f"stat -c %U /proc/{pid}") == "haproxy"
+    assert host.run(f"nsenter -t {pid} -m touch /etc/{name}/written").rc != 0
+
+
+def test_key_is_readable_by_the_proxy_alone(on):
+    key = on("gw1").file("/etc/one/tls/host.pem.key")
+    assert (key.user, key.group, key.mode) == ("root", "haproxy", 0o640)

@@ -1,0 +1,94 @@
+"""Role mtls_proxy: who is answered, who is not, and what is passed on."""
+
+import pytest
+
+SERVICE, METRICS = "https://node1:8080", "https://node1:9090"
+IDENTITY = "--cert /etc/qwen-pki/host.crt --key /etc/qwen-pki/host.key"
+CA = "--cacert /etc/qwen-pki/ca.crt"
+
+
+def test_the_gateway_is_answered(on, curl):
+    rc, status, body = curl(on("gw1"), f"{SERVICE}/ready")
+    assert (rc, status) == (0, 200)
+    assert '"path": "/ready"' in body
+
+
+def test_monitoring_reads_metrics(on, curl):
+    assert curl(on("mon1"), f"{METRICS}/metrics")[:2] == (0, 200)
+
+
+# every one of these gets no HTTP answer at all: status 0 and no body
+REFUSED = {
+    "no certificate": ("gw1", SERVICE, CA),
+    "another CA": ("gw1", SERVICE, f"--cert /root/foreign.crt --key /root/foreign.key {CA}"),
+    "identity of monitoring": ("mon1", SERVICE, f"{IDENTITY} {CA}"),
+    "certificate of a node, for serving only": ("node1", SERVICE, f"{IDENTITY} {CA}"),
+    "the gateway at the metrics": ("gw1", METRICS, f"{IDENTITY} {CA}"),
+    "no certificate at the metrics": ("mon1", METRICS, CA),
+    "TLS 1.2": ("gw1", SERVICE, f"--tls-max 1.2 {IDENTITY} {CA}"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_everybody_else_gets_nothing(on, curl, case):
+    name, url, options = case
+    rc, status, body = curl(on(name), f"{url}/{'metrics' if url == METRICS else 'ready'}", options)
+    assert rc != 0
+    assert (status, body) == (0, "")
+
+
+def test_plain_http_gets_nothing(on, curl):
+    rc, status, body = curl(on("gw1"), "http://node1:8080/ready", "")
+    assert rc != 0
+    assert (status, body) == (0, "")
+
+
+def test_a_server_of_another_name_is_not_trusted(on, curl):
+    """The client checks the identity as well: gw1's own address does not answer for node1."""
+    rc, status, _ = curl(on("gw1"), "https://gw1:8080/ready", f"{IDENTITY} {CA} --connect-to gw1:8080:node1:8080")
+    assert (rc, status) == (60, 0)
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/metrics", "/invocations", "/pause", "/v1/completions", "/chat/", "/chat/x", "//chat"])
+def test_other_paths_are_not_passed_on(on, curl, path):
+    assert curl(on("gw1"), f"{SERVICE}{path}")[1] == 404
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/chat"), ("DELETE", "/chat"), ("POST", "/health"), ("TRACE", "/ready")])
+def test_other_methods_are_not_passed_on(on, curl, method, path):
+    options = f"{IDENTITY} {CA} -X {method}"
+    assert curl(on("gw1"), f"{SERVICE}{path}", options)[1] == 405
+
+
+def test_metrics_port_serves_metrics_only(on, curl):
+    assert curl(on("mon1"), f"{METRICS}/chat")[1] == 404
+
+
+def test_a_stream_is_not_buffered(on):
+    """Five events, 0.4 s apart, arrive one by one."""
+    out = on("gw1").check_output(
+        f"curl -sSN {IDENTITY} {CA} -d '{{\"stream\": true}}' {SERVICE}/chat | while read -r line; do [ -n \"$line\" ] && date +%s%N; done"
+    )
+    times = [int(t) / 1e9 for t in out.split()]
+    assert len(times) == 5
+    assert times[-1] - times[0] > 1.2
+
+
+def test_refusals_stand_in_the_log_with_the_name(on):
+    log = on("node1").check_output("journalctl -u qwen-mtls-proxy -o cat --no-pager")
+    assert '"peer":"mon1"' in log
+    assert '"peer":"gw1"' in log
+
+
+def test_unit(on):
+    host = on("node1")
+    assert host.service("qwen-mtls-proxy").is_running
+    assert host.service("qwen-mtls-proxy").is_enabled
+    assert host.run("systemd-analyze security --threshold=20 qwen-mtls-proxy.service").rc == 0
+
+
+def test_listens_where_it_should_and_nowhere_else(on):
+    host = on("node1")
+    address = host.interface("eth0").addresses[0]
+    listening = {line.split()[3] for line in host.check_output("ss -Hltnp").splitlines() if "haproxy" in line}
+    assert listening == {f"{address}:8080", f"{address}:9090"}

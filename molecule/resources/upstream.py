@@ -1,0 +1,53 @@
+"""What stands behind a proxy in its own scenario: answers with the host's name, streams slowly, and has paths nobody should reach."""
+
+import json
+import socket
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers of a service, without an engine."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body: dict[str, object], status: int = 200) -> None:
+        """Send JSON."""
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        """Ready unless told otherwise by a file."""
+        ready = not Path("/run/upstream-unready").exists()
+        self.answer({"path": self.path, "host": socket.gethostname()}, 200 if ready or self.path != "/ready" else 503)
+
+    def do_POST(self) -> None:
+        """Echo what arrived, or stream five events, 0.4 s apart."""
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        if not body.get("stream"):
+            self.answer({"path": self.path, "host": socket.gethostname(), "headers": dict(self.headers), "body": body})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for index in range(body.get("events", 5)):
+            data = f"data: {index}\n\n".encode()
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            time.sleep(0.4)
+        self.wfile.write(b"0\r\n\r\n")
+
+
+class Server(ThreadingHTTPServer):
+    """More waiting connections than the default of 5."""
+
+    request_queue_size = 128
+
+
+Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -1,0 +1,183 @@
+"""The whole chain: client -> gateway -> mutual TLS -> node -> engine, and what happens when a part of it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+QUESTION = {"messages": [{"role": "user", "content": "Write a function that returns the sum of two numbers."}], "max_tokens": 32, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def client(on):
+    """A kin client on this machine."""
+    variables = on("gw1").ansible.get_variables()
+    with httpx.Client(
+        base_url=f"https://{variables['ansible_host']}/api/qwen",
+        verify=ssl.create_default_context(cafile=f"{variables['pki_ca_dir']}/ca.crt"),
+        headers={"Authorization": f"Bearer {Path(variables['lab_client_key_file']).read_text().strip()}"},
+        timeout=60,
+        limits=httpx.Limits(max_connections=64),
+    ) as result:
+        yield result
+
+
+def fault(verb, name):
+    """A power cut and its end, from the lab's own tool."""
+    subprocess.run([ROOT / "molecule/lab/fault", verb, name], check=True, env=os.environ, stdout=subprocess.DEVNULL)
+
+
+def wait_until_both_serve(on):
+    """Both nodes stand as UP at the gateway."""
+    program = (
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/qwen-gateway/admin.sock'); "
+        "s.send(b'show stat\\n'); print(s.makefile().read())"
+    )
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        rows = [line.split(",") for line in on("gw1").check_output("python3 -c %s", program).splitlines() if line.startswith("nodes,node")]
+        if [row[17] for row in rows] == ["UP", "UP"]:
+            return
+        time.sleep(1)
+    raise AssertionError(f"nodes did not come back: {rows}")
+
+
+def test_greedy_answer_equals_transformers_token_for_token(client, on, greedy):
+    answer = client.post("/chat", json={**QUESTION, "return_token_ids": True})
+    assert answer.status_code == 200
+    assert answer.json()["token_ids"] == greedy(on("node1"), QUESTION)
+
+
+def test_stream_equals_the_whole_answer(client):
+    whole = client.post("/chat", json=QUESTION).json()["message"]["content"]
+    with client.stream("POST", "/chat", json={**QUESTION, "stream": True}) as answer:
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    assert "".join(json.loads(e).get("delta", {}).get("content", "") for e in events) == whole
+
+
+def test_monitoring_scrapes_both_nodes(on, curl):
+    for node in ("node1", "node2"):
+        _, status, body = curl(on("mon1"), f"https://{node}:9090/metrics")
+        assert status == 200
+        assert "\nvllm:num_requests_running{" in body
+
+
+IDENTITY = "--cert /etc/qwen-pki/host.crt --key /etc/qwen-pki/host.key --cacert /etc/qwen-pki/ca.crt"
+REFUSED = {
+    "no certificate": ("gw1", "--cacert /etc/qwen-pki/ca.crt"),
+    "another CA": ("gw1", "--cert /root/foreign.crt --key /root/foreign.key --cacert /etc/qwen-pki/ca.crt"),
+    "wrong identity": ("mon1", IDENTITY),
+}
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_a_client_of_another_identity_gets_nothing_from_a_node(on, curl, case, node):
+    name, options = case
+    rc, status, body = curl(on(name), f"https://{node}:8080/health", options)
+    assert rc != 0
+    assert (status, body) == (0, "")
+    assert curl(on("gw1"), f"https://{node}:8080/health")[1] == 200
+
+
+@dataclass
+class Outcome:
+    """One request as its client saw it."""
+
+    begun: bool = False
+    complete: bool = False
+    detail: str = ""
+
+
+class Load:
+    """Clients that keep asking through the gateway, half of them streaming, until told to stop."""
+
+    def __init__(self, client: httpx.Client, clients: int) -> None:
+        self.client, self.stop, self.outcomes = client, threading.Event(), []
+        self.pool = ThreadPoolExecutor(clients)
+        self.workers = [self.pool.submit(self.work, index % 2 == 0) for index in range(clients)]
+
+    def work(self, streaming: bool) -> None:
+        while not self.stop.is_set():
+            outcome = Outcome()
+            self.outcomes.append(outcome)
+            try:
+                self.ask(outcome, streaming)
+            except httpx.HTTPError as error:
+                outcome.detail = repr(error)
+
+    def ask(self, outcome: Outcome, streaming: bool) -> None:
+        body = {**QUESTION, "max_tokens": 48, "stream": streaming, "ignore_eos": True}
+        with self.client.stream("POST", "/chat", json=body) as answer:
+            if answer.status_code != 200:
+                outcome.detail = f"{answer.status_code} {answer.read()!r}"
+                return
+            last = ""
+            for line in answer.iter_lines():
+                outcome.begun = True
+                last = line or last
+            outcome.complete = last == "data: [DONE]" if streaming else '"finish_reason"' in last
+            outcome.detail = "" if outcome.complete else f"ended with {last!r}"
+
+    def end(self) -> list[Outcome]:
+        self.stop.set()
+        for worker in self.workers:
+            worker.result(timeout=120)
+        self.pool.shutdown()
+        return self.outcomes
+
+
+def test_stopping_the_service_of_a_node_costs_no_request(client, on):
+    wait_until_both_serve(on)
+    load = Load(client, 8)
+    time.sleep(3)
+    on("node1").check_output("systemctl stop qwen-coder")
+    time.sleep(4)
+    outcomes = load.end()
+    on("node1").check_output("systemctl start qwen-coder")
+    assert len(outcomes) > 50
+    assert [o for o in outcomes if not o.complete] == []
+
+
+def test_stopping_the_terminator_of_a_node_costs_no_request(client, on):
+    wait_until_both_serve(on)
+    load = Load(client, 8)
+    time.sleep(3)
+    on("node2").check_output("systemctl stop qwen-mtls-proxy")
+    time.sleep(4)
+    outcomes = load.end()
+    on("node2").check_output("systemctl start qwen-mtls-proxy")
+    assert len(outcomes) > 50
+    assert [o for o in outcomes if not o.complete] == []
+
+
+def test_power_cut_of_a_node_costs_no_request_that_had_not_begun(client, on):
+    wait_until_both_serve(on)
+    load = Load(client, 8)
+    time.sleep(3)
+    fault("kill", "node2")
+    time.sleep(6)
+    outcomes = load.end()
+    fault("start", "node2")
+    assert len(outcomes) > 50
+    lost = [o for o in outcomes if not o.complete]
+    assert [o for o in lost if not o.begun] == []
+    # what had begun on that node could not end: at most what each client had under way
+    assert len(lost) <= 8
+
+
+def test_the_node_comes_back_by_itself_after_the_power_cut(client, on):
+    wait_until_both_serve(on)
+    assert client.post("/chat", json=QUESTION).status_code == 200
