@@ -42,7 +42,7 @@ def curl() -> Callable[..., tuple[int, int, str]]:
 
 @pytest.fixture(scope="session")
 def greedy() -> Callable[[Host, dict[str, object]], list[int]]:
-    """Token ids that transformers alone gives on a node for a question (messages, max_tokens), with the node's model and persona."""
+    """Token ids that transformers alone gives for a question (messages, max_tokens), with the node's model and persona."""
 
     def ask(node: Host, question: dict[str, object]) -> list[int]:
         root = "/opt/qwen-coder-service"

@@ -37,7 +37,8 @@ def reference() -> str:
         parts.append(f"\n## {path.parent.parent.name}\n\n{spec['short_description']}. {plain(spec['description'])}\n")
         parts.append("\n| variable | type | default | meaning |\n|---|---|---|---|\n")
         parts += [
-            f"| `{name}` | {option['type']} | {default(option)} | {plain(option['description'])} |\n" for name, option in spec["options"].items()
+            f"| `{name}` | {option['type']} | {default(option)} | {plain(option['description'])} |\n"
+            for name, option in spec["options"].items()
         ]
     return "".join(parts)
 

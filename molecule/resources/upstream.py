@@ -1,4 +1,4 @@
-"""What stands behind a proxy in its own scenario: answers with the host's name, streams slowly, and has paths nobody should reach."""
+"""What stands behind a proxy in its own scenario: answers with the host's name, streams slowly, has paths nobody should reach."""
 
 import json
 import socket

@@ -23,13 +23,8 @@ SOURCE = Path(__file__).resolve().parent.parent
 PACKAGE = "qwen_coder_service"
 # wheels are fetched for the hosts' Python and platform, whatever runs this script
 HOST_PYTHON = "3.11"
-HOST_PLATFORMS = [
-    f"{tag}_x86_64"
-    for tag in (
-        "manylinux_2_36 manylinux_2_35 manylinux_2_34 manylinux_2_31 manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_24 "
-        "manylinux_2_17 manylinux2014 manylinux_2_12 manylinux2010 manylinux_2_5 manylinux1 linux"
-    ).split()
-]
+HOST_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (36, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)]
+HOST_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 
 
 def say(text: str) -> None:
@@ -81,9 +76,9 @@ def fetch(lock: Path, target: Path) -> None:
         )  # fmt: skip
         shutil.copy(lock, work)
         shutil.rmtree(target, ignore_errors=True)
-        os.chmod(work, 0o755)
-        os.rename(work, target)
-        os.mkdir(work)  # what TemporaryDirectory expects to remove
+        Path(work).chmod(0o755)
+        Path(work).rename(target)
+        Path(work).mkdir()  # what TemporaryDirectory expects to remove
 
 
 def build(target: Path) -> Path:

@@ -1,6 +1,7 @@
 """Role gateway: the bridge /api/qwen, its clients, and nodes that come and go."""
 
 import json
+import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def client(on):
     key = Path(variables["lab_client_key_file"]).read_text().strip()
     with httpx.Client(
         base_url=f"https://{variables['ansible_host']}",
-        verify=__import__("ssl").create_default_context(cafile=f"{variables['pki_ca_dir']}/ca.crt"),
+        verify=ssl.create_default_context(cafile=f"{variables['pki_ca_dir']}/ca.crt"),
         headers={"Authorization": f"Bearer {key}"},
         timeout=20,
     ) as result:
@@ -58,7 +59,9 @@ def test_the_key_goes_no_further(client):
     assert "authorization" not in {k.lower() for k in client.post("/api/qwen/chat", json={}).json()["headers"]}
 
 
-@pytest.mark.parametrize("path", ["/", "/chat", "/api/qwen", "/api/qwen/", "/api/qwen/ready", "/api/qwen/metrics", "/api/qwen/docs", "/api/qwenchat"])
+@pytest.mark.parametrize(
+    "path", ["/", "/chat", "/api/qwen", "/api/qwen/", "/api/qwen/ready", "/api/qwen/metrics", "/api/qwen/docs", "/api/qwenchat"]
+)
 def test_other_paths_are_unknown(client, path):
     answer = client.get(path)
     assert answer.status_code == 404

@@ -49,7 +49,10 @@ def test_a_server_of_another_name_is_not_trusted(on, curl):
     assert (rc, status) == (60, 0)
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/metrics", "/invocations", "/pause", "/v1/completions", "/chat/", "/chat/x", "//chat"])
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/openapi.json", "/metrics", "/invocations", "/pause", "/v1/completions", "/chat/", "/chat/x", "//chat"],
+)
 def test_other_paths_are_not_passed_on(on, curl, path):
     assert curl(on("gw1"), f"{SERVICE}{path}")[1] == 404
 
@@ -67,7 +70,7 @@ def test_metrics_port_serves_metrics_only(on, curl):
 def test_a_stream_is_not_buffered(on):
     """Five events, 0.4 s apart, arrive one by one."""
     out = on("gw1").check_output(
-        f"curl -sSN {IDENTITY} {CA} -d '{{\"stream\": true}}' {SERVICE}/chat | while read -r line; do [ -n \"$line\" ] && date +%s%N; done"
+        f'curl -sSN {IDENTITY} {CA} -d \'{{"stream": true}}\' {SERVICE}/chat | while read -r line; do [ -n "$line" ] && date +%s%N; done'
     )
     times = [int(t) / 1e9 for t in out.split()]
     assert len(times) == 5

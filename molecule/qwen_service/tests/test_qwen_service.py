@@ -56,7 +56,9 @@ def test_it_listens_on_loopback_only(node):
 
 
 def test_metrics_are_plain_text_for_the_packaged_prometheus(node):
-    head, _, body = node.check_output("curl -fsSi -H 'Accept: application/openmetrics-text' http://127.0.0.1:9090/metrics").partition("\r\n\r\n")
+    head, _, body = node.check_output("curl -fsSi -H 'Accept: application/openmetrics-text' http://127.0.0.1:9090/metrics").partition(
+        "\r\n\r\n"
+    )
     assert "text/plain; version=0.0.4" in head
     assert "\nvllm:kv_cache_usage_perc{" in body
 
@@ -85,7 +87,13 @@ def test_release_is_current_complete_and_rootss(node):
 
 def test_env_file_holds_the_tier_and_no_unknown_engine_variable_is_seen(node):
     env = node.file(f"{ROOT}/qwen-coder.env").content_string
-    for line in ("QWEN_BACKEND=vllm", "VLLM_TENSOR_PARALLEL_SIZE=1", "VLLM_MAX_MODEL_LEN=2048", "max_batch_tokens=8192", "max_num_seqs=32"):
+    for line in (
+        "QWEN_BACKEND=vllm",
+        "VLLM_TENSOR_PARALLEL_SIZE=1",
+        "VLLM_MAX_MODEL_LEN=2048",
+        "max_batch_tokens=8192",
+        "max_num_seqs=32",
+    ):
         assert line in env.splitlines()
     assert "Unknown vLLM environment variable" not in node.check_output("journalctl -u qwen-coder --no-pager")
 

@@ -16,7 +16,11 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-QUESTION = {"messages": [{"role": "user", "content": "Write a function that returns the sum of two numbers."}], "max_tokens": 32, "temperature": 0}
+QUESTION = {
+    "messages": [{"role": "user", "content": "Write a function that returns the sum of two numbers."}],
+    "max_tokens": 32,
+    "temperature": 0,
+}
 
 
 @pytest.fixture(scope="module")
