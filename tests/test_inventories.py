@@ -87,7 +87,8 @@ CASES = {
     "or set qwen_node_group to the group that holds them.",
     unknown_tier: "node2: qwen_gpu_tier is 'quad-80gb', which no tier is named; "
     "set it to one of cpu-lab, dual-80gb, single-48gb-awq, single-80gb.",
-    port_twice: "node1: qwen_node_port and qwen_metrics_port are both 8080; set qwen_metrics_port to a port that is not in use on this host.",
+    port_twice: "node1: qwen_node_port and qwen_metrics_port are both 8080; "
+    "set qwen_metrics_port to a port that is not in use on this host.",
     no_port: "gw1: qwen_gateway_port is '70000', which is no port; set it to a number from 1 to 65535.",
     no_passphrase: "gw1: pki_ca_passphrase is not set; "
     "set it to the passphrase that encrypts the key of the project's CA (keep it in ansible-vault).",
