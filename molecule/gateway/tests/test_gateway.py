@@ -10,13 +10,12 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def client(on):
+def client(inventory):
     """A kin client on this machine, outside the lab's hosts."""
-    variables = on("gw1").ansible.get_variables()
-    key = Path(variables["lab_client_key_file"]).read_text().strip()
+    key = Path(inventory("gw1", "lab_client_key_file")).read_text().strip()
     with httpx.Client(
-        base_url=f"https://{variables['ansible_host']}",
-        verify=ssl.create_default_context(cafile=f"{variables['pki_ca_dir']}/ca.crt"),
+        base_url=f"https://{inventory('gw1', 'ansible_host')}",
+        verify=ssl.create_default_context(cafile=inventory("gw1", "pki_ca_dir") + "/ca.crt"),
         headers={"Authorization": f"Bearer {key}"},
         timeout=20,
     ) as result:

@@ -45,8 +45,8 @@ def test_no_host_holds_the_key_of_the_ca(on, name):
     assert names == ["ca.crt", "host.crt", "host.key"]
 
 
-def test_key_of_the_ca_is_encrypted_at_rest(on):
-    directory = Path(on("gw1").ansible.get_variables()["pki_ca_dir"])
+def test_key_of_the_ca_is_encrypted_at_rest(inventory):
+    directory = Path(inventory("gw1", "pki_ca_dir"))
     assert "BEGIN ENCRYPTED PRIVATE KEY" in (directory / "ca.key").read_text()
     assert (directory / "ca.key").stat().st_mode & 0o777 == 0o600
     assert directory.stat().st_mode & 0o777 == 0o700

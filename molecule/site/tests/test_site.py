@@ -24,13 +24,12 @@ QUESTION = {
 
 
 @pytest.fixture(scope="module")
-def client(on):
+def client(inventory):
     """A kin client on this machine."""
-    variables = on("gw1").ansible.get_variables()
     with httpx.Client(
-        base_url=f"https://{variables['ansible_host']}/api/qwen",
-        verify=ssl.create_default_context(cafile=f"{variables['pki_ca_dir']}/ca.crt"),
-        headers={"Authorization": f"Bearer {Path(variables['lab_client_key_file']).read_text().strip()}"},
+        base_url=f"https://{inventory('gw1', 'ansible_host')}/api/qwen",
+        verify=ssl.create_default_context(cafile=inventory("gw1", "pki_ca_dir") + "/ca.crt"),
+        headers={"Authorization": f"Bearer {Path(inventory('gw1', 'lab_client_key_file')).read_text().strip()}"},
         timeout=60,
         limits=httpx.Limits(max_connections=64),
     ) as result:
