@@ -1,0 +1,57 @@
+"""What the service asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..persona import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn; None leaves a value to the model's generation_config."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of an answer: what is new since the last one. ``finish_reason`` is set on the last."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class BackendDead(Exception):
+    """The engine is gone and does not come back within this process."""
+
+
+class Backend(Protocol):
+    """An engine with one model. Only ``generate`` is called concurrently."""
+
+    tokenizer: Tokenizer
+    max_model_len: int
+
+    async def start(self) -> None:
+        """Load the model; returns when prompts can be taken."""
+
+    async def stop(self) -> None:
+        """Free everything; what still runs is aborted."""
+
+    async def check(self) -> None:
+        """Look whether the engine lives.
+
+        Raises:
+            BackendDead: it does not.
+        """
+
+    def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncIterator[Piece]:
+        """Answer a prompt: piece by piece, or in a single one. Closing the iterator early aborts the request in the engine."""
