@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,5 +53,5 @@ class Backend(Protocol):
             BackendDead: it does not.
         """
 
-    def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncIterator[Piece]:
+    def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncGenerator[Piece]:
         """Answer a prompt: piece by piece, or in a single one. Closing the iterator early aborts the request in the engine."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ..persona import Tokenizer
@@ -132,7 +132,7 @@ class VllmBackend:
             }
         )
 
-    async def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncIterator[Piece]:
+    async def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncGenerator[Piece]:
         """Answer a prompt. vLLM merges what was made while the caller was busy, so a slow reader gets larger pieces.
 
         Raises:

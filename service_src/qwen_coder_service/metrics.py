@@ -1,0 +1,78 @@
+"""Metrics of the service, beside vLLM's own, on a port of their own.
+
+Text format 0.0.4 whatever the scraper offers: with OpenMetrics, prometheus_client replaces the colon in vLLM's names for scrapers of
+Debian's generation (client_python#1180), and every rule on those names then sees nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, REGISTRY, Counter, Gauge, Histogram, generate_latest
+
+from . import __version__
+from .settings import Settings
+
+REQUESTS = Counter("qwen_requests", "Requests by route and outcome.", ["route", "outcome"])
+IN_FLIGHT = Gauge("qwen_requests_in_flight", "Requests that are being answered or wait for the engine.")
+FIRST_TOKEN = Histogram(
+    "qwen_time_to_first_token_seconds",
+    "Time from a streamed request's arrival to its first token leaving the service.",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.6, 1, 2, 5, 10, 30, 60, 120),
+)
+READY = Gauge("qwen_ready", "1 when the service takes requests.")
+BUILD = Gauge("qwen_build_info", "Always 1; labels say what runs.", ["version", "backend", "model", "variant"])
+
+
+def describe(settings: Settings) -> None:
+    """Publish what runs."""
+    BUILD.labels(__version__, settings.backend, settings.model_name, settings.model_variant).set(1)
+
+
+async def _exposition(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    found = scope["path"] == "/metrics" and scope["method"] == "GET"
+    # collected beside the loop: a scrape must not hold up streams
+    body = await asyncio.to_thread(generate_latest, REGISTRY) if found else b"GET /metrics\n"
+    headers = [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200 if found else 404, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Server(uvicorn.Server):
+    """A second server in the same process, which leaves signals to the first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class MetricsServer:
+    """``GET /metrics`` on the address of ``QWEN_METRICS_BIND``."""
+
+    def __init__(self, settings: Settings) -> None:
+        host, _, port = settings.metrics_bind.rpartition(":")
+        config = uvicorn.Config(_exposition, host=host, port=int(port), lifespan="off", log_config=None, access_log=False)
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            RuntimeError: the address is taken.
+        """
+        self._task = asyncio.create_task(self._server.serve())
+        while not self._server.started:
+            if self._task.done():
+                raise RuntimeError(f"metrics cannot listen on {self._server.config.host}:{self._server.config.port}")
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
