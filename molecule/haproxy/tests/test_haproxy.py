@@ -20,10 +20,10 @@ def test_reload_lets_a_stream_end(on):
     """The stream begins before the reload and ends after it, served by the old worker; the new worker answers meanwhile."""
     stream = on("gw1").run(
         "curl -sSN --cacert /etc/qwen-pki/ca.crt --resolve gw1:8441:127.0.0.1 -H 'Content-Type: application/json' "
-        """-d '{"stream": true, "events": 10}' https://gw1:8441/chat > /tmp/stream & """
+        """-d '{"stream": true, "events": 10}' https://gw1:8441/chat > /tmp/stream & stream=$!; """
         "sleep 1; before=$(systemctl show -p MainPID --value one); systemctl reload one; after=$(systemctl show -p MainPID --value one); "
         "curl -fsS --cacert /etc/qwen-pki/ca.crt --resolve gw1:8441:127.0.0.1 https://gw1:8441/word; "
-        "wait %1; echo rc=$? same=$([ $before = $after ] && echo yes); grep -c data: /tmp/stream"
+        "wait $stream; echo rc=$? same=$([ $before = $after ] && echo yes); grep -c data: /tmp/stream"
     )
     assert stream.stdout.split() == ["one", "rc=0", "same=yes", "10"]
 
@@ -31,8 +31,8 @@ def test_reload_lets_a_stream_end(on):
 def test_stop_lets_a_stream_end(on):
     stream = on("gw1").run(
         "curl -sSN --cacert /etc/qwen-pki/ca.crt --resolve gw1:8442:127.0.0.1 -H 'Content-Type: application/json' "
-        """-d '{"stream": true, "events": 10}' https://gw1:8442/chat > /tmp/stream & """
-        "sleep 1; systemctl restart two; wait %1; echo rc=$?; grep -c data: /tmp/stream"
+        """-d '{"stream": true, "events": 10}' https://gw1:8442/chat > /tmp/stream & stream=$!; """
+        "sleep 1; systemctl restart two; wait $stream; echo rc=$?; grep -c data: /tmp/stream"
     )
     assert stream.stdout.split() == ["rc=0", "10"]
 
