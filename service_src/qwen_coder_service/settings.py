@@ -130,6 +130,9 @@ def claim(settings: Settings, environment: MutableMapping[str, str]) -> None:
         {
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
             "VLLM_NO_USAGE_STATS": "1",
+            # what the engine's processes say to each other stays on this host
+            "VLLM_HOST_IP": "127.0.0.1",
+            "VLLM_LOOPBACK_IP": "127.0.0.1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(cache / "huggingface"),
