@@ -199,17 +199,21 @@ class Envelope:
         request_id = asked if _SANE_ID.fullmatch(asked) else uuid.uuid4().hex
         scope["request_id"] = request_id
         began, status, read = time.perf_counter(), 499, 0
+        refused: ApiError | None = None
 
         async def limited() -> Message:
-            nonlocal read
+            nonlocal read, refused
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.limit:
-                raise self.too_large(f"more than {self.limit}")
+                refused = self.too_large(f"more than {self.limit}")
+                raise refused
             return message
 
         async def answer(message: Message) -> None:
             nonlocal status
+            if refused is not None:  # whatever the framework makes of a body that it could not read
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
@@ -220,7 +224,10 @@ class Envelope:
             if length.isdigit() and int(length) > self.limit:
                 raise self.too_large(length.decode())
             await self.app(scope, limited, answer)
+            if refused is not None:
+                raise refused
         except ApiError as error:
+            refused = None
             await error_response(error, request_id)(scope, receive, answer)
         except ClientGone:
             pass

@@ -1,0 +1,184 @@
+"""A fake engine for what needs none, and the real service, started as systemd starts it, for what does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from qwen_coder_service import tiny_model
+from qwen_coder_service.app import create_app
+from qwen_coder_service.backends.base import BackendDead, Piece, Sampling
+from qwen_coder_service.settings import load
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model."""
+    target = tmp_path_factory.mktemp("models") / "tiny"
+    assert tiny_model.main([str(target)]) == 0
+    return target
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Settings of a service that needs no engine."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 2048, "rope_theta": 1000000.0}')
+    return {
+        "QWEN_MODEL_PATH": str(tmp_path / "model"),
+        "QWEN_MODEL_NAME": "fake",
+        "QWEN_METRICS_BIND": f"127.0.0.1:{free_port()}",
+        "QWEN_PERSONA_PROMPT": "I am a test.",
+        "VLLM_CACHE_DIR": str(tmp_path),
+        "QWEN_MAX_QUEUED_REQUESTS": "1",
+        "max_num_seqs": "2",
+        "QWEN_MAX_BODY_BYTES": "2000",
+    }
+
+
+class FakeTokenizer:
+    """A token a character, with the roles in front, so that a test can read what was rendered."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> list[int]:
+        return [ord(c) for c in "".join(f"{turn['role']}:{turn['content']}\n" for turn in conversation)]
+
+
+@dataclass
+class FakeBackend:
+    """Answers with the letters of the alphabet, as long as nothing stops it."""
+
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    max_model_len: int = 200
+    delay: float = 0.0
+    alive: bool = True
+    prompts: list[str] = field(default_factory=list)
+    samplings: list[Sampling] = field(default_factory=list)
+    aborted: int = 0
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def check(self) -> None:
+        if not self.alive:
+            raise BackendDead("dead")
+
+    async def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncGenerator[Piece]:
+        self.prompts.append("".join(map(chr, prompt)))
+        self.samplings.append(sampling)
+        text = "abcdefghijklmnopqrstuvwxyz"[: sampling.max_tokens]
+        done = False
+        try:
+            for index, letter in enumerate(text):
+                await asyncio.sleep(self.delay)
+                if not self.alive:
+                    raise BackendDead("died")
+                last = index == len(text) - 1
+                if stream:
+                    done = last
+                    yield Piece(letter, [ord(letter)], "length" if last else None)
+            if not stream:
+                done = True
+                yield Piece(text, [ord(c) for c in text], "length")
+        finally:
+            self.aborted += not done
+
+
+@pytest.fixture
+async def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+async def client(environment: dict[str, str], backend: FakeBackend) -> AsyncGenerator[httpx.AsyncClient]:
+    """A client of the application with the fake engine, ready."""
+    app = create_app(load(environment), backend)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        backend.prompts.clear()
+        backend.samplings.clear()
+        client.app = app  # type: ignore[attr-defined]
+        yield client
+
+
+@dataclass
+class Running:
+    """The real service."""
+
+    url: str
+    metrics: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    """Start the service with the tiny model, the way its unit does; everything that was started ends with the tests."""
+    started: list[Running] = []
+
+    def launch(wait: bool = True, **settings: str) -> Running:
+        folder = tmp_path_factory.mktemp("service")
+        port, metrics = free_port(), free_port()
+        environment = {
+            "PATH": os.environ["PATH"],
+            "QWEN_MODEL_PATH": str(model),
+            "QWEN_MODEL_NAME": "qwen-coder-tiny",
+            "QWEN_DTYPE": "float32",
+            "QWEN_METRICS_BIND": f"127.0.0.1:{metrics}",
+            "QWEN_KV_CACHE_MEMORY_BYTES": str(32 << 20),
+            "QWEN_ENFORCE_EAGER": "true",
+            "QWEN_DRAIN_TIMEOUT_S": "60",
+            "VLLM_MAX_MODEL_LEN": "2048",
+            "VLLM_CACHE_DIR": str(folder),
+            "max_num_seqs": "32",
+            **settings,
+        }
+        log = folder / "log"
+        command = ["gunicorn", "--config", "python:qwen_coder_service.gunicorn_conf", "--workers", "1"]
+        command += ["--worker-class", "uvicorn_worker.UvicornWorker", "--bind", f"127.0.0.1:{port}", "qwen_coder_service.main:app"]
+        command[0] = str(Path(sys.executable).parent / command[0])
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=folder, start_new_session=True)
+        running = Running(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics", process, log, environment)
+        started.append(running)
+        deadline = time.monotonic() + 180
+        while wait:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                if httpx.get(f"{running.url}/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        return running
+
+    yield launch
+    for running in started:
+        if running.process.poll() is None:
+            running.process.terminate()
+            running.process.wait(90)
+
+
+@pytest.fixture(scope="session")
+def service(start: Callable[..., Running]) -> Running:
+    """One real service for all tests that leave it as it was."""
+    return start()

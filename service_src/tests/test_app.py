@@ -1,0 +1,135 @@
+"""The HTTP contract, with a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from conftest import FakeBackend
+
+HELLO = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+
+
+async def test_chat_answers_whole(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/chat", json=HELLO | {"return_token_ids": True})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert body.pop("id") == answer.headers["X-Request-ID"]
+    assert body == {
+        "model": "fake",
+        "message": {"role": "assistant", "content": "abc"},
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 28, "completion_tokens": 3, "total_tokens": 31},
+        "token_ids": [97, 98, 99],
+    }
+
+
+async def test_chat_streams_what_it_would_answer(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/chat", json=HELLO | {"stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    parsed = [json.loads(event) for event in events]
+    assert "".join(event["delta"]["content"] for event in parsed) == "abc"
+    assert [event.get("finish_reason") for event in parsed] == [None, None, "length"]
+    assert parsed[-1]["usage"] == {"prompt_tokens": 28, "completion_tokens": 3, "total_tokens": 31}
+
+
+async def test_persona_stands_in_front_of_chats_that_bring_none(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    await client.post("/chat", json=HELLO)
+    await client.post("/chat", json={"messages": [{"role": "system", "content": "I am yours."}, *HELLO["messages"]]})  # type: ignore[misc]
+    assert backend.prompts == ["system:I am a test.\nuser:Hi\n", "system:I am yours.\nuser:Hi\n"]
+
+
+async def test_sampling_is_passed_on_and_what_is_left_out_is_not_set(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    await client.post("/chat", json=HELLO | {"temperature": 0, "top_p": 0.5, "seed": 7, "stop": "x", "ignore_eos": True})
+    await client.post("/chat", json={"messages": HELLO["messages"]})
+    first, second = backend.samplings
+    assert (first.temperature, first.top_p, first.seed, first.stop, first.ignore_eos) == (0, 0.5, 7, ("x",), True)
+    assert (second.temperature, second.top_p, second.seed, second.stop, second.max_tokens) == (None, None, None, (), 200 - 28)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"{", "1"),
+        (b"[]", "body"),
+        (b"{}", "messages"),
+        (b'{"messages": []}', "messages"),
+        (b'{"messages": [{"role": "wizard", "content": "x"}]}', "messages.0.role"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_tokens"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 3}', "temperature"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tempurature": 1}', "tempurature"),
+    ],
+)
+async def test_wrong_requests_are_named(client: httpx.AsyncClient, body: bytes, param: str) -> None:
+    answer = await client.post("/chat", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, 400)
+    assert error["request_id"] == answer.headers["X-Request-ID"]
+
+
+async def test_limits_say_the_limit_and_the_value_seen(client: httpx.AsyncClient) -> None:
+    long = await client.post("/chat", json={"messages": [{"role": "user", "content": "x" * 300}]})
+    assert (long.status_code, long.json()["error"]["message"]) == (400, "The prompt has 326 tokens; this model takes 199 at most.")
+    many = await client.post("/chat", json=HELLO | {"max_tokens": 500})
+    assert many.json()["error"]["message"] == "max_tokens is 500; a prompt of 28 tokens leaves 172 of 200."
+    big = await client.post("/chat", content=b"x" * 2001)
+    assert (big.status_code, big.json()["error"]["message"]) == (413, "The request body has 2001 bytes; 2000 are taken at most.")
+
+
+async def test_a_body_without_a_length_is_limited_too(client: httpx.AsyncClient) -> None:
+    async def chunks() -> Any:
+        for _ in range(30):
+            yield b"x" * 100
+
+    answer = await client.post("/chat", content=chunks())
+    assert (answer.status_code, answer.json()["error"]["message"]) == (413, "The request body has more than 2000 bytes; 2000 are taken at most.")
+
+
+@pytest.mark.parametrize(("sent", "kept"), [("kin-42.a_B", True), ("", False), ("a b", False), ("x" * 129, False), ('"', False)])
+async def test_a_sane_request_id_is_kept(client: httpx.AsyncClient, sent: str, kept: bool) -> None:
+    answer = await client.get("/live", headers={"X-Request-ID": sent})
+    assert (answer.headers["X-Request-ID"] == sent) is kept
+
+
+async def test_a_full_queue_is_refused_with_the_time_to_come_back(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.delay = 0.2
+    answers = await asyncio.gather(*(client.post("/chat", json=HELLO) for _ in range(5)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 503, 503]
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json()["error"]["message"] == "This node has 3 requests, and takes 3."
+    assert (await client.post("/chat", json=HELLO)).status_code == 200
+
+
+async def test_a_dead_engine_is_neither_healthy_nor_ready(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    assert [(await client.get(path)).status_code for path in ("/live", "/ready", "/health")] == [200, 200, 200]
+    backend.alive = False
+    assert (await client.post("/chat", json=HELLO)).status_code == 503
+    assert [(await client.get(path)).status_code for path in ("/live", "/ready", "/health")] == [200, 503, 503]
+
+
+async def test_an_engine_that_dies_in_a_stream_is_said_in_the_stream(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.delay = 0.05
+    task = asyncio.create_task(client.post("/chat", json=HELLO | {"max_tokens": 26, "stream": True}))
+    await asyncio.sleep(0.3)
+    backend.alive = False
+    last = [line for line in (await task).text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+
+
+async def test_unknown_paths_and_methods_answer_in_the_same_shape(client: httpx.AsyncClient) -> None:
+    for answer, status in ((await client.get("/nope"), 404), (await client.get("/chat"), 405)):
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == status
+
+
+async def test_nothing_is_left_in_flight(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    for body in (HELLO, HELLO | {"stream": True}, HELLO | {"max_tokens": 500}):
+        await client.post("/chat", json=body)
+    assert client.app.state.service.in_flight == 0  # type: ignore[attr-defined]

@@ -1,0 +1,132 @@
+"""Settings: every wrong one stops the start with one sentence; none reaches vLLM's environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_coder_service import settings
+from qwen_coder_service.backends.vllm import engine_arguments
+from qwen_coder_service.settings import SettingsError, claim, load
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"QWEN_BACKEND": "llama"}, "QWEN_BACKEND is 'llama'; set it to vllm or transformers."),
+        ({"QWEN_MODEL_VARIANT": "gptq"}, "QWEN_MODEL_VARIANT is 'gptq'; set it to full or awq-4bit."),
+        ({"VLLM_TENSOR_PARALLEL_SIZE": "0"}, "VLLM_TENSOR_PARALLEL_SIZE is '0'; set it to a number of GPUs, 1 or more."),
+        ({"VLLM_TENSOR_PARALLEL_SIZE": "two"}, "VLLM_TENSOR_PARALLEL_SIZE is 'two'; set it to a number of GPUs, 1 or more."),
+        ({"VLLM_MAX_MODEL_LEN": "8"}, "VLLM_MAX_MODEL_LEN is '8'; set it to a number of tokens, at least 16."),
+        (
+            {"VLLM_GPU_MEMORY_UTILIZATION": "92"},
+            "VLLM_GPU_MEMORY_UTILIZATION is '92'; set it to a share of the GPU's memory above 0 and at most 0.99, for example 0.92.",
+        ),
+        ({"max_batch_tokens": "-1"}, "max_batch_tokens is '-1'; set it to a number of tokens, at least 16, for example 8192."),
+        ({"swap_space": "lots"}, "swap_space is 'lots'; set it to a number of GiB, 0 or more."),
+        ({"QWEN_METRICS_BIND": "9090"}, "QWEN_METRICS_BIND is '9090'; set it to an address and a port, for example 127.0.0.1:9090."),
+        ({"QWEN_MODEL_NAME": "x-AWQ"}, "QWEN_MODEL_VARIANT is 'full' for the quantised model 'x-AWQ'; set it to awq-4bit."),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_value_to_set(environment: dict[str, str], change: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(environment | change)
+    assert str(error.value) == sentence
+
+
+def test_a_missing_model_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    del environment["QWEN_MODEL_PATH"]
+    with pytest.raises(SettingsError, match=r"^QWEN_MODEL_PATH is not set; set it to the directory that holds"):
+        load(environment)
+    with pytest.raises(SettingsError, match=rf"^QWEN_MODEL_PATH is '{tmp_path}', which holds no config.json; set it to the directory"):
+        load(environment | {"QWEN_MODEL_PATH": str(tmp_path)})
+
+
+def test_an_unknown_name_of_ours_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"^QWEN_MAX_LENGTH is no setting of this service; remove it, or set one of QWEN_BACKEND, "):
+        load(environment | {"QWEN_MAX_LENGTH": "1"})
+
+
+def test_names_are_found_in_any_case(environment: dict[str, str]) -> None:
+    found = load(environment | {"MAX_BATCH_TOKENS": "4096", "vllm_max_model_len": "512"})
+    assert (found.max_batch_tokens, found.max_model_len) == (4096, 512)
+
+
+def test_ours_leave_the_environment_and_the_engines_own_are_set(environment: dict[str, str]) -> None:
+    environment |= {"VLLM_TENSOR_PARALLEL_SIZE": "2", "VLLM_LOGGING_LEVEL": "DEBUG", "HF_HUB_OFFLINE": "0"}
+    found = load(environment)
+    claim(found, environment)
+    assert not {name for name in environment if name.upper() in {ours.upper() for ours in settings.NAMES}}
+    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert environment["VLLM_CACHE_ROOT"] == f"{found.cache_dir}/vllm"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+KNOWN = {"kv_offloading_size"}
+
+
+def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:
+    found = load(
+        environment
+        | {"VLLM_TENSOR_PARALLEL_SIZE": "2", "VLLM_MAX_MODEL_LEN": "1024", "max_batch_tokens": "4096", "max_num_seqs": "16", "swap_space": "4"}
+    )
+    arguments = engine_arguments(found, KNOWN, {"rope_parameters"})
+    assert arguments["tensor_parallel_size"] == 2
+    assert arguments["max_model_len"] == 1024
+    assert arguments["max_num_batched_tokens"] == 4096
+    assert arguments["max_num_seqs"] == 16
+    assert arguments["kv_offloading_size"] == 4
+    assert "swap_space" not in arguments
+    assert "hf_overrides" not in arguments
+
+
+def test_before_the_successor_swap_space_keeps_its_name(environment: dict[str, str]) -> None:
+    assert engine_arguments(load(environment | {"swap_space": "4"}), set(), {"rope_scaling"})["swap_space"] == 4
+
+
+def test_more_tokens_than_native_bring_yarn(environment: dict[str, str]) -> None:
+    found = load(environment | {"VLLM_MAX_MODEL_LEN": "8192"})
+    new = engine_arguments(found, KNOWN, {"rope_parameters"})["hf_overrides"]
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    assert new == {"max_position_embeddings": 8192, "rope_parameters": scaling | {"rope_theta": 1000000.0}}
+    old = engine_arguments(found, KNOWN, {"rope_scaling"})["hf_overrides"]
+    assert old == {"max_position_embeddings": 8192, "rope_scaling": scaling}
+
+
+def test_check_reads_a_file_as_systemd_does(environment: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    environment["QWEN_PERSONA_PROMPT"] = '"I am \\"quoted\\"."'
+    file.write_text("# a comment\n" + "".join(f"{name}={value}\n" for name, value in environment.items()))
+    assert settings.read_env_file(file)["QWEN_PERSONA_PROMPT"] == 'I am "quoted".'
+    assert settings.main(["--check", "--env-file", str(file)]) == 0
+    file.write_text(file.read_text() + "swap_space=-1\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "qwen_coder_service.settings", "--check", "--env-file", file], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (78, "swap_space is '-1'; set it to a number of GiB, 0 or more.\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "sentence"),
+    [
+        ({"QWEN_BACKEND": "llama"}, [], "QWEN_BACKEND is 'llama'; set it to vllm or transformers.\n"),
+        ({}, ["--workers", "2"], "--workers is 2; set it to 1, as every worker would load the model again.\n"),
+    ],
+)
+def test_a_wrong_start_ends_with_one_sentence_and_78(
+    environment: dict[str, str], change: dict[str, str], arguments: list[str], sentence: str
+) -> None:
+    command = [Path(sys.executable).parent / "gunicorn", "--config", "python:qwen_coder_service.gunicorn_conf", "--bind", "127.0.0.1:0"]
+    result = subprocess.run(
+        [*command, *arguments, "qwen_coder_service.main:app"],
+        env={"PATH": os.environ["PATH"], **environment, **change},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stderr.splitlines(keepends=True)[-1]) == (78, sentence)
