@@ -92,9 +92,7 @@ class Service:
             ids = persona.render(*arguments)
         room = self.backend.max_model_len - len(ids)
         if room < 1:
-            raise invalid(
-                f"The prompt has {len(ids)} tokens; this model takes {self.backend.max_model_len - 1} at most.", param="messages"
-            )
+            raise invalid(f"The prompt has {len(ids)} tokens; this model takes {self.backend.max_model_len - 1} at most.", param="messages")
         if request.max_tokens is not None and request.max_tokens > room:
             raise invalid(
                 f"max_tokens is {request.max_tokens}; a prompt of {len(ids)} tokens leaves {room} of {self.backend.max_model_len}.",
@@ -353,7 +351,9 @@ def _routes(app: FastAPI) -> None:
             except BackendDead as error:
                 service.dead(error)
         healthy = service.state is State.READY
-        return JSONResponse({"status": "ok" if healthy else service.state.value, "model": service.settings.model_name}, 200 if healthy else 503)
+        return JSONResponse(
+            {"status": "ok" if healthy else service.state.value, "model": service.settings.model_name}, 200 if healthy else 503
+        )
 
     @app.post("/chat", response_model=ChatAnswer, response_model_exclude_none=True)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -411,9 +411,7 @@ async def _whole(pieces: AsyncIterator[Piece]) -> Piece:
 
 
 def _usage(prompt: list[int], completion_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=len(prompt), completion_tokens=completion_tokens, total_tokens=len(prompt) + completion_tokens
-    )
+    return Usage(prompt_tokens=len(prompt), completion_tokens=completion_tokens, total_tokens=len(prompt) + completion_tokens)
 
 
 def _answer(service: Service, body: ChatRequest, request_id: str, prompt: list[int], piece: Piece) -> dict[str, Any]:

@@ -88,7 +88,10 @@ async def test_a_body_without_a_length_is_limited_too(client: httpx.AsyncClient)
             yield b"x" * 100
 
     answer = await client.post("/chat", content=chunks())
-    assert (answer.status_code, answer.json()["error"]["message"]) == (413, "The request body has more than 2000 bytes; 2000 are taken at most.")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        413,
+        "The request body has more than 2000 bytes; 2000 are taken at most.",
+    )
 
 
 @pytest.mark.parametrize(("sent", "kept"), [("kin-42.a_B", True), ("", False), ("a b", False), ("x" * 129, False), ('"', False)])

@@ -72,7 +72,13 @@ KNOWN = {"kv_offloading_size"}
 def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:
     found = load(
         environment
-        | {"VLLM_TENSOR_PARALLEL_SIZE": "2", "VLLM_MAX_MODEL_LEN": "1024", "max_batch_tokens": "4096", "max_num_seqs": "16", "swap_space": "4"}
+        | {
+            "VLLM_TENSOR_PARALLEL_SIZE": "2",
+            "VLLM_MAX_MODEL_LEN": "1024",
+            "max_batch_tokens": "4096",
+            "max_num_seqs": "16",
+            "swap_space": "4",
+        }
     )
     arguments = engine_arguments(found, KNOWN, {"rope_parameters"})
     assert arguments["tensor_parallel_size"] == 2
