@@ -70,7 +70,8 @@ def test_metrics_port_serves_metrics_only(on, curl):
 def test_a_stream_is_not_buffered(on):
     """Five events, 0.4 s apart, arrive one by one."""
     out = on("gw1").check_output(
-        f'curl -sSN {IDENTITY} {CA} -d \'{{"stream": true}}\' {SERVICE}/chat | while read -r line; do [ -n "$line" ] && date +%s%N; done; true'
+        f"curl -sSN {IDENTITY} {CA} "
+        f'-d \'{{"stream": true}}\' {SERVICE}/chat | while read -r line; do [ -n "$line" ] && date +%s%N; done; true'
     )
     times = [int(t) / 1e9 for t in out.split()]
     assert len(times) == 5

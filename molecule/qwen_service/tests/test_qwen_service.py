@@ -106,7 +106,8 @@ def test_greedy_answer_equals_transformers_token_for_token(node, greedy):
 def test_stop_lets_a_stream_end_and_exits_cleanly(node):
     body = json.dumps({**QUESTION, "max_tokens": 1500, "stream": True, "ignore_eos": True})
     out = node.run(
-        f"curl -sSN -H 'Content-Type: application/json' -d %s {URL}/chat > /tmp/stream & stream=$!; sleep 1; systemctl stop qwen-coder; wait $stream; "
+        f"curl -sSN -H 'Content-Type: application/json' -d %s {URL}/chat > /tmp/stream & stream=$!; "
+        "sleep 1; systemctl stop qwen-coder; wait $stream; "
         "echo rc=$?; tail -n 2 /tmp/stream; systemctl show -p Result --value qwen-coder; systemctl start qwen-coder",
         body,
     )

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from ..settings import Settings
 from .base import Backend
+from .vllm import VllmBackend
 
 
 def create(settings: Settings) -> Backend:
     """The backend that ``QWEN_BACKEND`` names; nothing is loaded yet."""
-    if settings.backend == "vllm":
-        from .vllm import VllmBackend
-
-        return VllmBackend(settings)
-    from .transformers import TransformersBackend
-
-    return TransformersBackend(settings)
+    return {"vllm": VllmBackend}[settings.backend](settings)
