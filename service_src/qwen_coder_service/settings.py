@@ -133,6 +133,8 @@ def claim(settings: Settings, environment: MutableMapping[str, str]) -> None:
             # what the engine's processes say to each other stays on this host
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_LOOPBACK_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(cache / "huggingface"),
