@@ -31,9 +31,9 @@ GOOD: dict[str, Any] = {
 }
 
 
-def run(inventory: Path, playbook: str) -> subprocess.CompletedProcess[str]:
+def run(inventory: Path, playbook: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["ansible-playbook", "-i", str(inventory), f"playbooks/{playbook}.yml"],
+        ["ansible-playbook", "-i", str(inventory), f"playbooks/{playbook}.yml", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -122,3 +122,18 @@ def test_a_good_inventory_passes(tmp_path: Path) -> None:
     result = run(write(tmp_path, GOOD), "preflight")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 gateways, 2 nodes, 1 monitoring hosts" in result.stdout
+
+
+def test_the_example_passes_with_its_vault_filled() -> None:
+    vault = {"vault_pki_ca_passphrase": "twelve characters", "vault_caretakers_key_sha256": "0" * 64}
+    result = run(ROOT / "inventories/example", "preflight", *(f"-e{name}={value}" for name, value in vault.items()))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 gateways, 3 nodes, 1 monitoring hosts" in result.stdout
+
+
+def test_the_example_names_what_its_vault_lacks() -> None:
+    result = run(ROOT / "inventories/example", "preflight")
+    assert (
+        "gw1: pki_ca_passphrase is not set ('vault_pki_ca_passphrase' is undefined); set it to the passphrase"
+        in result.stdout + result.stderr
+    )

@@ -1,0 +1,49 @@
+"""Where the lab cannot be made, it stops with one sentence before anything is installed."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+APT, CGROUPS = "/usr/bin/apt-get", "cgroup2fs"
+
+
+@pytest.mark.parametrize(
+    ("seen", "sentence"),
+    [
+        (["1000", APT, CGROUPS], "The lab makes hosts with a real systemd, for which it must be root on this machine; run make as root."),
+        (["0", "none", CGROUPS], "The lab installs what it needs with apt-get, which this machine does not have; run it on Debian."),
+        (
+            ["0", APT, "none"],
+            "The lab's hosts need cgroups, and none are mounted at /sys/fs/cgroup; mount them or use another machine.",
+        ),
+    ],
+)
+def test_it_says_what_is_missing(seen: list[str], sentence: str, tmp_path: Path) -> None:
+    """What the machine shows is replaced; extra variables win over registered ones."""
+    result = subprocess.run(
+        [
+            "ansible-playbook",
+            "--check",
+            "-i",
+            "inventories/lab",
+            "molecule/lab/create.yml",
+            "-e",
+            json.dumps({"lab_machine": {"stdout_lines": seen}}),
+            "-e",
+            f"lab_state_dir={tmp_path}/state",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json", "ANSIBLE_NOCOLOR": "1"},
+    )
+    assert result.returncode != 0
+    assert f'"msg": "{sentence}"' in result.stdout + result.stderr
+    assert "Prepare |" not in result.stdout
+    assert not (tmp_path / "state").exists()
