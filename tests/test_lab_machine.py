@@ -24,18 +24,9 @@ APT, CGROUPS = "/usr/bin/apt-get", "cgroup2fs"
 )
 def test_it_says_what_is_missing(seen: list[str], sentence: str, tmp_path: Path) -> None:
     """What the machine shows is replaced; extra variables win over registered ones."""
+    variables = {"lab_machine": {"stdout_lines": seen}, "lab_state_dir": f"{tmp_path}/state"}
     result = subprocess.run(
-        [
-            "ansible-playbook",
-            "--check",
-            "-i",
-            "inventories/lab",
-            "molecule/lab/create.yml",
-            "-e",
-            json.dumps({"lab_machine": {"stdout_lines": seen}}),
-            "-e",
-            f"lab_state_dir={tmp_path}/state",
-        ],
+        ["ansible-playbook", "--check", "-i", "inventories/lab", "molecule/lab/create.yml", "-e", json.dumps(variables)],
         cwd=ROOT,
         capture_output=True,
         text=True,
