@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,8 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import __version__, metrics, persona
 from .backends.base import Backend, BackendDead, Piece, Sampling
 from .errors import ApiError, invalid, unavailable
-from .lifecycle import State, sd_notify
-from .schemas import ChatAnswer, ChatRequest, Usage
+from .formats import ChatFormat, Format, OpenAIFormat, sse
+from .lifecycle import State, end_process, sd_notify
+from .schemas import ChatAnswer, ChatRequest, CompletionRequest, Sampled
 from .settings import Settings, claim
 
 log = logging.getLogger("qwen_coder_service")
@@ -34,12 +35,27 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RENDER_INLINE_CHARACTERS = 16_384
 
 
+# seconds between two looks at the engine
+_CHECK_INTERVAL_S = 2.0
+
+
+@dataclass(slots=True)
+class Question:
+    """What a client asks, whichever API it speaks."""
+
+    conversation: list[persona.Turn]
+    sampled: Sampled
+    max_tokens: int | None
+    tools: list[dict[str, Any]] | None = None
+
+
 class Service:
     """The state that routes share."""
 
     def __init__(self, settings: Settings, backend: Backend) -> None:
         self.settings, self.backend = settings, backend
         self.state = State.STARTING
+        self.since = int(time.time())
         self.in_flight = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -51,9 +67,7 @@ class Service:
 
     async def warm_up(self) -> None:
         """Answer one prompt for real; only then is the service ready."""
-        from .schemas import Message as Turn
-
-        prompt = persona.render(self.backend.tokenizer, [Turn(role="user", content="Hello")], self.settings.persona_prompt)
+        prompt = persona.render(self.backend.tokenizer, [{"role": "user", "content": "Hello"}], self.settings.persona_prompt)
         async for _ in self.backend.generate("warm-up", prompt, Sampling(max_tokens=1), stream=False):
             pass
 
@@ -79,48 +93,56 @@ class Service:
             self.idle.set()
         metrics.IN_FLIGHT.set(self.in_flight)
 
-    async def prompt(self, request: ChatRequest) -> list[int]:
-        """Token ids of a request's prompt.
+    async def prompt(self, question: Question) -> list[int]:
+        """Token ids of a question's prompt.
 
         Raises:
             ApiError: 400; the prompt leaves no room for an answer, or less than was asked for.
         """
-        arguments = (self.backend.tokenizer, request.messages, self.settings.persona_prompt)
-        if sum(len(message.content) for message in request.messages) > _RENDER_INLINE_CHARACTERS:
+        arguments = (self.backend.tokenizer, question.conversation, self.settings.persona_prompt, question.tools)
+        if sum(len(turn["content"]) for turn in question.conversation) > _RENDER_INLINE_CHARACTERS:
             ids = await asyncio.to_thread(persona.render, *arguments)
         else:
             ids = persona.render(*arguments)
         room = self.backend.max_model_len - len(ids)
         if room < 1:
             raise invalid(f"The prompt has {len(ids)} tokens; this model takes {self.backend.max_model_len - 1} at most.", param="messages")
-        if request.max_tokens is not None and request.max_tokens > room:
+        if question.max_tokens is not None and question.max_tokens > room:
             raise invalid(
-                f"max_tokens is {request.max_tokens}; a prompt of {len(ids)} tokens leaves {room} of {self.backend.max_model_len}.",
+                f"max_tokens is {question.max_tokens}; a prompt of {len(ids)} tokens leaves {room} of {self.backend.max_model_len}.",
                 param="max_tokens",
             )
         return ids
 
-    def sampling(self, request: ChatRequest, prompt: list[int]) -> Sampling:
+    def sampling(self, question: Question, prompt: list[int]) -> Sampling:
         """How the answer is drawn."""
-        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+        asked = question.sampled
         return Sampling(
-            max_tokens=request.max_tokens or self.backend.max_model_len - len(prompt),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop=stop,
-            ignore_eos=request.ignore_eos,
+            max_tokens=question.max_tokens or self.backend.max_model_len - len(prompt),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
+            stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
+            ignore_eos=asked.ignore_eos,
         )
 
+    async def watch(self) -> None:
+        """See that the engine lives, as long as the service does. vLLM's core may die and leave this process behind, up and useless."""
+        while True:
+            await asyncio.sleep(_CHECK_INTERVAL_S)
+            try:
+                await self.backend.check()
+            except BackendDead as error:
+                self.dead(error)
+                return
+
     def dead(self, error: BackendDead) -> ApiError:
-        """The engine is gone: nothing more is taken here, and another node can be asked."""
-        log.error("engine: %s", error)
-        self.set_state(State.DEAD)
+        """The engine is gone: nothing more is taken here, another node can be asked, and the process ends to be started anew."""
+        if self.state is not State.DEAD:
+            log.error("engine: %s", error)
+            self.set_state(State.DEAD)
+            end_process()
         return unavailable("The engine of this node died.", retry_after=30)
-
-
-def _sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
@@ -286,9 +308,12 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
             service.set_state(State.READY)
             log.info("ready", extra={"seconds": round(time.monotonic() - began, 1), "model": settings.model_name})
             sd_notify("READY=1\nSTATUS=ready")
+            watch = asyncio.create_task(service.watch())
             yield
+            watch.cancel()
             # the server has ended what was under way, or its time was over
-            service.set_state(State.DRAINING)
+            if service.state is State.READY:
+                service.set_state(State.DRAINING)
             sd_notify("STOPPING=1\nSTATUS=draining")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(service.idle.wait(), settings.drain_timeout_s)
@@ -358,14 +383,35 @@ def _routes(app: FastAPI) -> None:
     @app.post("/chat", response_model=ChatAnswer, response_model_exclude_none=True)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, whole or as server-sent events."""
-        return await answer_chat(request.app.state.service, body, request)
+        service: Service = request.app.state.service
+        question = Question([message.model_dump() for message in body.messages], body, body.max_tokens)
+        form = ChatFormat(request.scope["request_id"], service.settings.model_name, body.return_token_ids)
+        return await answer(service, question, form, request)
+
+    @app.post("/v1/chat/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """The same, as the OpenAI API has it."""
+        service: Service = request.app.state.service
+        name = service.settings.model_name
+        if body.model is not None and body.model != name:
+            raise invalid(f"model is '{body.model}'; this node serves '{name}'.", param="model", status=404)
+        question = Question([message.turn() for message in body.messages], body, body.max_completion_tokens or body.max_tokens, body.tools)
+        form = OpenAIFormat(request.scope["request_id"], name, bool(body.stream_options and body.stream_options.include_usage))
+        return await answer(service, question, form, request)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """The one model."""
+        service: Service = request.app.state.service
+        model = {"id": service.settings.model_name, "object": "model", "created": service.since, "owned_by": "qwen-coder-service"}
+        return {"object": "list", "data": [model | {"max_model_len": service.backend.max_model_len}]}
 
 
-async def answer_chat(service: Service, body: ChatRequest, request: Request) -> Response:
+async def answer(service: Service, question: Question, form: Format, request: Request) -> Response:
     """Admit a request, ask the engine, and answer."""
-    request_id: str = request.scope["request_id"]
     began = time.perf_counter()
     service.admit()
+    route: str = request.scope["path"]
     released = False
 
     def finish(outcome: str) -> None:
@@ -373,22 +419,23 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         if not released:
             released = True
             service.release()
-            metrics.REQUESTS.labels("/chat", outcome).inc()
+            metrics.REQUESTS.labels(route, outcome).inc()
 
     try:
-        prompt = await service.prompt(body)
-        sampling = service.sampling(body, prompt)
-        details = request.scope["log"] = {"prompt_tokens": len(prompt), "stream": body.stream}
+        prompt = await service.prompt(question)
+        form.prompt_tokens = len(prompt)
+        stream = question.sampled.stream
+        details = request.scope["log"] = {"prompt_tokens": len(prompt), "stream": stream}
         if service.settings.log_prompts:
-            details["messages"] = [message.model_dump() for message in body.messages]
+            details["messages"] = question.conversation
         # the engine's own id: a client may send the same id twice
-        pieces = service.backend.generate(uuid.uuid4().hex, prompt, sampling, stream=body.stream)
-        if body.stream:
-            return EventStream(_events(service, body, request_id, prompt, pieces, details, began, finish))
+        pieces = service.backend.generate(uuid.uuid4().hex, prompt, service.sampling(question, prompt), stream=stream)
+        if stream:
+            return EventStream(_events(service, form, request.scope["request_id"], pieces, details, began, finish))
         piece = await until_disconnect(_whole(pieces), request.receive)
         details["completion_tokens"] = len(piece.token_ids)
         finish("ok")
-        return JSONResponse(_answer(service, body, request_id, prompt, piece))
+        return JSONResponse(form.whole(piece))
     except BackendDead as error:
         finish("dead")
         raise service.dead(error) from error
@@ -410,53 +457,31 @@ async def _whole(pieces: AsyncIterator[Piece]) -> Piece:
     return last
 
 
-def _usage(prompt: list[int], completion_tokens: int) -> Usage:
-    return Usage(prompt_tokens=len(prompt), completion_tokens=completion_tokens, total_tokens=len(prompt) + completion_tokens)
-
-
-def _answer(service: Service, body: ChatRequest, request_id: str, prompt: list[int], piece: Piece) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        "id": request_id,
-        "model": service.settings.model_name,
-        "message": {"role": "assistant", "content": piece.text},
-        "finish_reason": piece.finish_reason,
-        "usage": _usage(prompt, len(piece.token_ids)).model_dump(),
-    }
-    if body.return_token_ids:
-        answer["token_ids"] = piece.token_ids
-    return answer
-
-
 async def _events(
     service: Service,
-    body: ChatRequest,
+    form: Format,
     request_id: str,
-    prompt: list[int],
     pieces: AsyncGenerator[Piece],
     details: dict[str, Any],
     began: float,
-    finish: Any,
+    finish: Callable[[str], None],
 ) -> AsyncGenerator[bytes]:
     """The events of a streamed answer; whatever ends it, the request is accounted for and the engine is told."""
-    tokens, outcome = 0, "aborted"
+    tokens, outcome, begun = 0, "aborted", False
     try:
         async for piece in pieces:
-            if not tokens:
-                metrics.FIRST_TOKEN.observe(time.perf_counter() - began)
             tokens += len(piece.token_ids)
-            event: dict[str, Any] = {"id": request_id, "delta": {"content": piece.text}}
-            if body.return_token_ids:
-                event["token_ids"] = piece.token_ids
-            if piece.finish_reason is None:
-                yield _sse(event)
-                continue
-            outcome = "ok"
-            event |= {"model": service.settings.model_name, "finish_reason": piece.finish_reason}
-            event["usage"] = _usage(prompt, tokens).model_dump()
-            yield _sse(event) + b"data: [DONE]\n\n"
+            head = b""
+            if not begun:
+                begun = True
+                metrics.FIRST_TOKEN.observe(time.perf_counter() - began)
+                head = form.begin()
+            if piece.finish_reason is not None:
+                outcome = "ok"
+            yield head + form.part(piece, tokens)
     except BackendDead as error:
         outcome = "dead"
-        yield _sse(service.dead(error).body(request_id))
+        yield sse(service.dead(error).body(request_id))
     finally:
         details["completion_tokens"], details["outcome"] = tokens, outcome
         finish(outcome)

@@ -12,6 +12,9 @@ from .settings import EX_CONFIG, SettingsError, load
 if "NOTIFY_SOCKET" in os.environ:
     os.environ["QWEN_NOTIFY_SOCKET"] = os.environ.pop("NOTIFY_SOCKET")
 
+# whom to stop when the engine is gone: a new worker under the same arbiter would be hidden from systemd
+os.environ["QWEN_ARBITER_PID"] = str(os.getpid())
+
 try:
     _settings = load(os.environ)
 except SettingsError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import signal
 import socket
 
 log = logging.getLogger(__name__)
@@ -36,3 +37,10 @@ def sd_notify(message: str) -> None:
             sock.sendall(message.encode())
     except OSError as error:
         log.warning("systemd cannot be told %r: %s", message, error)
+
+
+def end_process() -> None:
+    """Stop the whole service in good order, for systemd to start it anew. Without gunicorn (tests) there is nobody to stop."""
+    arbiter = os.environ.get("QWEN_ARBITER_PID")
+    if arbiter:
+        os.kill(int(arbiter), signal.SIGTERM)

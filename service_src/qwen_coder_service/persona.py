@@ -5,26 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from .schemas import Message
+Turn = dict[str, Any]
+"""One message as a chat template gets it: role, content, and whatever else the template knows."""
 
 
 class Tokenizer(Protocol):
     """What is used of a tokenizer of the transformers library."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> list[int]:
+    def apply_chat_template(self, conversation: list[Turn], **options: Any) -> list[int]:
         """Render a conversation."""
 
 
-def with_persona(messages: Sequence[Message], persona_prompt: str) -> list[dict[str, str]]:
+def with_persona(conversation: Sequence[Turn], persona_prompt: str) -> list[Turn]:
     """The conversation as the template gets it; a system message of the client's own stays the only one."""
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
     if conversation[0]["role"] == "system":
-        return conversation
+        return list(conversation)
     return [{"role": "system", "content": persona_prompt}, *conversation]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message], persona_prompt: str) -> list[int]:
-    """Token ids of the prompt, up to where the answer begins. Both backends get exactly these."""
+def render(tokenizer: Tokenizer, conversation: Sequence[Turn], persona_prompt: str, tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """Token ids of the prompt, up to where the answer begins. Both backends get exactly these.
+
+    Args:
+        tokenizer: the model's own.
+        conversation: what the client sent.
+        persona_prompt: the system message of conversations that bring none.
+        tools: descriptions of functions, for templates that know them; others leave them out.
+    """
+    options = {"tools": tools} if tools else {}
     return tokenizer.apply_chat_template(
-        with_persona(messages, persona_prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+        with_persona(conversation, persona_prompt), add_generation_prompt=True, tokenize=True, return_dict=False, **options
     )

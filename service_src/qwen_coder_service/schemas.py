@@ -1,10 +1,22 @@
-"""Requests and answers of /chat."""
+"""Requests and answers: /chat, and the part of the OpenAI API that is served."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+class Sampled(BaseModel):
+    """What both APIs say about how an answer is drawn. What is left out follows the model's own generation_config."""
+
+    max_tokens: Annotated[int | None, Field(ge=1, description="tokens of the answer at most; as many as fit if left out")] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=1 << 63)] = None
+    stop: Annotated[list[str] | str | None, Field(description="texts that end the answer")] = None
+    stream: Annotated[bool, Field(description="send the answer as server-sent events, as it is made")] = False
+    ignore_eos: Annotated[bool, Field(description="go on after the model's end, up to max_tokens (for measurements)")] = False
 
 
 class Message(BaseModel):
@@ -16,8 +28,8 @@ class Message(BaseModel):
     content: str
 
 
-class ChatRequest(BaseModel):
-    """A question. Sampling that is left out follows the model's own generation_config."""
+class ChatRequest(Sampled):
+    """A question."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -27,13 +39,6 @@ class ChatRequest(BaseModel):
     )
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1, description="tokens of the answer at most; as many as fit if left out")] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    seed: Annotated[int | None, Field(ge=0, lt=1 << 63)] = None
-    stop: Annotated[list[str] | str | None, Field(description="texts that end the answer")] = None
-    stream: Annotated[bool, Field(description="send the answer as server-sent events, as it is made")] = False
-    ignore_eos: Annotated[bool, Field(description="go on after the model's end, up to max_tokens (for measurements)")] = False
     return_token_ids: bool = False
 
 
@@ -54,3 +59,46 @@ class ChatAnswer(BaseModel):
     finish_reason: str | None
     usage: Usage
     token_ids: list[int] | None = None
+
+
+class TextPart(BaseModel):
+    """A part of a message; this model reads text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class OpenAIMessage(BaseModel):
+    """One turn, as clients of the OpenAI API send it; what the template may know beyond role and content is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+
+    def turn(self) -> dict[str, Any]:
+        """As a chat template gets it."""
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        role = "system" if self.role == "developer" else self.role  # the newer name of the same thing
+        return {**(self.model_extra or {}), "role": role, "content": content}
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool = False
+
+
+class CompletionRequest(Sampled):
+    """A request to /v1/chat/completions. Fields that are not listed are ignored, as other servers of this API do."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "qwen", "messages": [{"role": "user", "content": "def add(a, b):"}], "max_tokens": 64}]}
+    )
+
+    model: str | None = None
+    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1, description="the newer name of max_tokens")] = None
+    n: Annotated[int, Field(ge=1, le=1, description="one answer a request")] = 1
+    stream_options: StreamOptions | None = None
+    tools: Annotated[list[dict[str, Any]] | None, Field(description="passed to the model's chat template")] = None

@@ -20,7 +20,7 @@ EX_CONFIG = 78
 """Exit status of a service that was configured wrongly (sysexits.h): systemd is told not to try again."""
 
 # variables with the service's prefix that are set for it, not by an operator
-_INTERNAL = {"QWEN_NOTIFY_SOCKET"}
+_INTERNAL = {"QWEN_ARBITER_PID", "QWEN_NOTIFY_SOCKET"}
 
 
 class SettingsError(ValueError):

@@ -21,6 +21,8 @@ from qwen_coder_service.app import create_app
 from qwen_coder_service.backends.base import BackendDead, Piece, Sampling
 from qwen_coder_service.settings import load
 
+MAX_MODEL_LEN = 16384
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -31,9 +33,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model."""
+    """The tiny model, made for more tokens than usual: an answer that takes half a minute leaves time to interrupt it."""
     target = tmp_path_factory.mktemp("models") / "tiny"
-    assert tiny_model.main([str(target)]) == 0
+    assert tiny_model.main([str(target), "--max-position", str(MAX_MODEL_LEN)]) == 0
     return target
 
 
@@ -57,8 +59,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 class FakeTokenizer:
     """A token a character, with the roles in front, so that a test can read what was rendered."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> list[int]:
-        return [ord(c) for c in "".join(f"{turn['role']}:{turn['content']}\n" for turn in conversation)]
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> list[int]:
+        tools = "".join(f"tool:{tool['function']['name']}\n" for tool in options.get("tools", []))
+        return [ord(c) for c in tools + "".join(f"{turn['role']}:{turn['content']}\n" for turn in conversation)]
 
 
 @dataclass
@@ -146,7 +149,7 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
             "QWEN_KV_CACHE_MEMORY_BYTES": str(32 << 20),
             "QWEN_ENFORCE_EAGER": "true",
             "QWEN_DRAIN_TIMEOUT_S": "60",
-            "VLLM_MAX_MODEL_LEN": "2048",
+            "VLLM_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
             "VLLM_CACHE_DIR": str(folder),
             "max_num_seqs": "32",
             **settings,

@@ -136,3 +136,76 @@ async def test_nothing_is_left_in_flight(client: httpx.AsyncClient, backend: Fak
     for body in (HELLO, HELLO | {"stream": True}, HELLO | {"max_tokens": 500}):
         await client.post("/chat", json=body)
     assert client.app.state.service.in_flight == 0  # type: ignore[attr-defined]
+
+
+OPENAI = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+
+
+async def test_openai_answers_whole(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/chat/completions", json=OPENAI)
+    body = answer.json()
+    assert body.pop("id") == f"chatcmpl-{answer.headers['X-Request-ID']}"
+    assert body.pop("created") > 0
+    assert body == {
+        "object": "chat.completion",
+        "model": "fake",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "abc"}, "finish_reason": "length", "logprobs": None}],
+        "usage": {"prompt_tokens": 28, "completion_tokens": 3, "total_tokens": 31},
+    }
+
+
+async def test_openai_streams_role_text_end_and_usage(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/chat/completions", json=OPENAI | {"stream": True, "stream_options": {"include_usage": True}})
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[:-1]] == [
+        {"role": "assistant", "content": ""},
+        {"content": "a"},
+        {"content": "b"},
+        {"content": "c"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * 4 + ["length"]
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["total_tokens"]) == ([], 31)
+
+
+async def test_openai_without_usage_sends_none(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/chat/completions", json=OPENAI | {"stream": True})
+    assert "usage" not in answer.text
+
+
+async def test_openai_forms_of_messages(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    body = {"messages": messages, "tools": tools, "max_completion_tokens": 2, "max_tokens": 9, "user": "ignored"}
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert backend.prompts == ["tool:add\nsystem:Be brief.\nuser:ab\nassistant:\ntool:4\n"]
+    assert backend.samplings[0].max_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "gpt"}, 404, "model"),
+        ({"n": 2}, 400, "n"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, None),
+    ],
+)
+async def test_openai_says_what_is_not_served(client: httpx.AsyncClient, change: dict[str, Any], status: int, param: str | None) -> None:
+    answer = await client.post("/v1/chat/completions", json=OPENAI | change)
+    assert answer.status_code == status
+    if param:
+        assert answer.json()["error"]["param"] == param
+
+
+async def test_models_lists_the_one(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/models")).json()
+    assert [(model["id"], model["object"], model["max_model_len"]) for model in body["data"]] == [("fake", "model", 200)]
