@@ -5,7 +5,6 @@ reach one would say so in its recap.
 """
 
 import copy
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from playbooks import ROOT, ansible_playbook
+
 GOOD: dict[str, Any] = {
     "all": {
         "vars": {
@@ -32,15 +32,7 @@ GOOD: dict[str, Any] = {
 
 
 def run(inventory: Path, playbook: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["ansible-playbook", "-i", str(inventory), f"playbooks/{playbook}.yml", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json", "ANSIBLE_NOCOLOR": "1"},
-    )
+    return ansible_playbook("-i", inventory, f"playbooks/{playbook}.yml", *options)
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:

@@ -1,13 +1,12 @@
 """Where the lab cannot be made, it stops with one sentence before anything is installed."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from playbooks import ansible_playbook
+
 APT, CGROUPS = "/usr/bin/apt-get", "cgroup2fs"
 
 
@@ -25,15 +24,7 @@ APT, CGROUPS = "/usr/bin/apt-get", "cgroup2fs"
 def test_it_says_what_is_missing(seen: list[str], sentence: str, tmp_path: Path) -> None:
     """What the machine shows is replaced; extra variables win over registered ones."""
     variables = {"lab_machine": {"stdout_lines": seen}, "lab_state_dir": f"{tmp_path}/state"}
-    result = subprocess.run(
-        ["ansible-playbook", "--check", "-i", "inventories/lab", "molecule/lab/create.yml", "-e", json.dumps(variables)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json", "ANSIBLE_NOCOLOR": "1"},
-    )
+    result = ansible_playbook("--check", "-i", "inventories/lab", "molecule/lab/create.yml", "-e", json.dumps(variables))
     assert result.returncode != 0
     assert f'"msg": "{sentence}"' in result.stdout + result.stderr
     assert "Prepare |" not in result.stdout
