@@ -122,6 +122,8 @@ class Load:
             except httpx.HTTPError as error:
                 outcome.detail = repr(error)
             outcome.ended = time.monotonic()
+            if not outcome.complete:  # a client that was refused does not ask again at once
+                time.sleep(0.1)
 
     def ask(self, outcome: Outcome, streaming: bool) -> None:
         body = {**QUESTION, "max_tokens": 48, "stream": streaming, "ignore_eos": True}
