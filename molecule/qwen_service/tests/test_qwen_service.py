@@ -83,6 +83,14 @@ def test_release_is_current_complete_and_rootss(node):
     assert node.run(f"find {current}/ ! -user root -o -perm -o+w ! -type l | grep -q .").rc == 1
 
 
+def test_release_shares_its_files_with_a_cache_that_no_copy_deletes(node):
+    release = node.file(f"{ROOT}/current").linked_to
+    assert int(node.check_output(f"stat -c %h {release}/venv/lib/python3*/site-packages/torch/version.py")) >= 2
+    assert node.file(f"{ROOT}/uv-cache").is_directory
+    # what the wheelhouse's copy does not know, it deletes
+    assert node.run(f"find {ROOT}/wheelhouse -name '.*cache*' | grep -q .").rc == 1
+
+
 def test_env_file_holds_the_tier_and_no_unknown_engine_variable_is_seen(node):
     env = node.file(f"{ROOT}/qwen-coder.env").content_string
     for line in (
