@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,6 +39,8 @@ class Backend(Protocol):
 
     tokenizer: Tokenizer
     max_model_len: int
+    progress: float
+    """``time.monotonic()`` of the last sign that the engine did work for some request (a token, a part of a prompt)."""
 
     async def start(self) -> None:
         """Load the model; returns when prompts can be taken."""
@@ -53,5 +55,27 @@ class Backend(Protocol):
             BackendDead: it does not.
         """
 
-    def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncGenerator[Piece]:
-        """Answer a prompt: piece by piece, or in a single one. Closing the iterator early aborts the request in the engine."""
+    async def ping(self) -> None:
+        """Go once through the engine's own loop. It takes as long as that loop needs for a turn, and for ever if it hangs."""
+
+    def kill(self) -> None:
+        """End the engine at once, whatever it does: every running ``generate`` then raises BackendDead."""
+
+    async def abort_all(self) -> None:
+        """Give up what runs: every running ``generate`` ends with a piece whose finish_reason is ``abort``."""
+
+    def generate(
+        self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool, trace: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Piece]:
+        """Answer a prompt: piece by piece, or in a single one. Closing the iterator early aborts the request in the engine.
+
+        Args:
+            request_id: the engine's name for the request; unique among those that run.
+            prompt: token ids.
+            sampling: how the answer is drawn.
+            stream: yield what is new as it is made; else one piece, at the end.
+            trace: W3C trace context of the request (``traceparent``), for engines that trace.
+
+        Raises:
+            BackendDead: the engine died meanwhile.
+        """
