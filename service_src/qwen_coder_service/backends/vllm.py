@@ -4,41 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
-import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from ..persona import Tokenizer
 from ..settings import Settings
 from .base import BackendDead, Piece, Sampling
-
-log = logging.getLogger(__name__)
-
-
-def native_length(settings: Settings) -> int:
-    """Tokens that the checkpoint was trained for (``max_position_embeddings`` of its config.json)."""
-    config = json.loads((settings.model_path / "config.json").read_text(encoding="utf-8"))
-    return int(config["max_position_embeddings"])
-
-
-def rope_scaling(settings: Settings, known: set[str]) -> dict[str, Any]:
-    """YaRN, when more tokens are asked for than the checkpoint's native length; else nothing.
-
-    Without it vLLM refuses the length, or, told to allow it, answers badly (Qwen's model card names these values). The key is
-    ``rope_parameters`` for vLLM from 0.30 on, ``rope_scaling`` before.
-    """
-    native = native_length(settings)
-    if settings.max_model_len is None or settings.max_model_len <= native:
-        return {}
-    config = json.loads((settings.model_path / "config.json").read_text(encoding="utf-8"))
-    factor = settings.max_model_len / native
-    log.info("max_model_len %d is above the checkpoint's %d: YaRN with factor %g", settings.max_model_len, native, factor)
-    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": native}
-    if "rope_parameters" in known:
-        scaling["rope_theta"] = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        return {"hf_overrides": {"max_position_embeddings": settings.max_model_len, "rope_parameters": scaling}}
-    return {"hf_overrides": {"max_position_embeddings": settings.max_model_len, "rope_scaling": scaling}}
+from .rope import yarn
 
 
 def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str]) -> dict[str, Any]:
@@ -60,8 +32,9 @@ def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str]) -
         "max_num_seqs": settings.max_num_seqs,
         "enforce_eager": settings.enforce_eager,
         "enable_log_requests": False,
-        **rope_scaling(settings, rope_keys),
     }
+    if overrides := yarn(settings, rope_keys):
+        arguments["hf_overrides"] = overrides
     if settings.kv_cache_memory_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
     if settings.swap_space:
