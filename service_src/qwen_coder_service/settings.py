@@ -37,7 +37,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backend: Literal["vllm"] = _setting("QWEN_BACKEND", "vllm", "vllm")
+    backend: Literal["vllm", "transformers"] = _setting("QWEN_BACKEND", "vllm or transformers", "vllm")
     model_path: Path = _setting("QWEN_MODEL_PATH", "the directory that holds the model's config.json and weights")
     model_name: str = _setting("QWEN_MODEL_NAME", "the name that clients see", "Qwen/Qwen2.5-Coder-32B-Instruct", min_length=1)
     model_variant: Literal["full", "awq-4bit"] = _setting("QWEN_MODEL_VARIANT", "full or awq-4bit", "full")

@@ -17,7 +17,7 @@ from qwen_coder_service.settings import SettingsError, claim, load
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"QWEN_BACKEND": "llama"}, "QWEN_BACKEND is 'llama'; set it to vllm."),
+        ({"QWEN_BACKEND": "llama"}, "QWEN_BACKEND is 'llama'; set it to vllm or transformers."),
         ({"QWEN_MODEL_VARIANT": "gptq"}, "QWEN_MODEL_VARIANT is 'gptq'; set it to full or awq-4bit."),
         ({"VLLM_TENSOR_PARALLEL_SIZE": "0"}, "VLLM_TENSOR_PARALLEL_SIZE is '0'; set it to a number of GPUs, 1 or more."),
         ({"VLLM_TENSOR_PARALLEL_SIZE": "two"}, "VLLM_TENSOR_PARALLEL_SIZE is 'two'; set it to a number of GPUs, 1 or more."),
@@ -119,7 +119,7 @@ def test_check_reads_a_file_as_systemd_does(environment: dict[str, str], tmp_pat
 @pytest.mark.parametrize(
     ("change", "arguments", "sentence"),
     [
-        ({"QWEN_BACKEND": "llama"}, [], "QWEN_BACKEND is 'llama'; set it to vllm.\n"),
+        ({"QWEN_BACKEND": "llama"}, [], "QWEN_BACKEND is 'llama'; set it to vllm or transformers.\n"),
         ({}, ["--workers", "2"], "--workers is 2; set it to 1, as every worker would load the model again.\n"),
     ],
 )
