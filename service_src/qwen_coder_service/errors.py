@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from starlette.responses import Response
 
 
 class ApiError(Exception):
@@ -23,6 +26,11 @@ class ApiError(Exception):
         """The JSON that the client gets."""
         error = {"message": self.message, "type": self.type, "code": self.status, "param": self.param, "request_id": request_id}
         return {"error": error}
+
+    def response(self, request_id: str) -> Response:
+        """The answer that the client gets. Plain ASCII: a message may quote what no UTF-8 can say."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else None
+        return Response(json.dumps(self.body(request_id)), self.status, headers, "application/json")
 
 
 def invalid(message: str, *, param: str | None = None, status: int = 400) -> ApiError:

@@ -6,14 +6,14 @@ import os
 import sys
 from typing import Any
 
+from gunicorn.errors import HaltServer
+
+from .lifecycle import EX_SOFTWARE
 from .settings import EX_CONFIG, SettingsError, load
 
 # gunicorn reports readiness when its arbiter runs; the service does it itself, after the first token
 if "NOTIFY_SOCKET" in os.environ:
     os.environ["QWEN_NOTIFY_SOCKET"] = os.environ.pop("NOTIFY_SOCKET")
-
-# whom to stop when the engine is gone: a new worker under the same arbiter would be hidden from systemd
-os.environ["QWEN_ARBITER_PID"] = str(os.getpid())
 
 try:
     _settings = load(os.environ)
@@ -23,7 +23,8 @@ except SettingsError as error:
 
 # loading a model takes minutes, and a stalled engine is systemd's to find, not gunicorn's
 timeout = 0
-graceful_timeout = max(1, _settings.drain_timeout_s)
+# the worker keeps the bound of a drain by itself; this is for one that does not
+graceful_timeout = _settings.drain_timeout_s + 15
 # connections that the terminator keeps are few
 keepalive = 75
 accesslog = None
@@ -37,3 +38,9 @@ def on_starting(server: Any) -> None:
     if server.cfg.workers != 1:
         print(f"--workers is {server.cfg.workers}; set it to 1, as every worker would load the model again.", file=sys.stderr)
         sys.exit(EX_CONFIG)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """End with a worker that ended by itself: one that took its place would be hidden from systemd, which counts and delays restarts."""
+    if server.LISTENERS:  # closed when the arbiter itself is to stop
+        raise HaltServer("the service ended by itself", EX_SOFTWARE)

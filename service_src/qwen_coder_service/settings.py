@@ -7,20 +7,25 @@ engine arguments and takes them out of the environment, because vLLM warns about
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.util
+import json
 import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 EX_CONFIG = 78
 """Exit status of a service that was configured wrongly (sysexits.h): systemd is told not to try again."""
 
 # variables with the service's prefix that are set for it, not by an operator
-_INTERNAL = {"QWEN_ARBITER_PID", "QWEN_NOTIFY_SOCKET"}
+_INTERNAL = {"QWEN_NOTIFY_SOCKET"}
 
 
 class SettingsError(ValueError):
@@ -32,10 +37,21 @@ def _setting(name: str, to: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, alias=name, description=to, **limits)
 
 
-class Settings(BaseModel):
+class _Environment(EnvSettingsSource):
+    """pydantic's reading of an environment, of one that is given to it."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._given = environment
+        super().__init__(Settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in self._given.items()}
+
+
+class Settings(BaseSettings):
     """All settings, by their name in the environment (upper and lower case are the same there)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, case_sensitive=False)
 
     backend: Literal["vllm", "transformers"] = _setting("QWEN_BACKEND", "vllm or transformers", "vllm")
     model_path: Path = _setting("QWEN_MODEL_PATH", "the directory that holds the model's config.json and weights")
@@ -50,9 +66,14 @@ class Settings(BaseModel):
     )
     enforce_eager: bool = _setting("QWEN_ENFORCE_EAGER", "true or false", False)
     kv_cache_memory_bytes: int | None = _setting("QWEN_KV_CACHE_MEMORY_BYTES", "a number of bytes, at least 1048576", None, ge=1 << 20)
+    stall_timeout_s: int = _setting("QWEN_STALL_TIMEOUT_S", "a number of seconds, 5 to 3600", 20, ge=5, le=3600)
     drain_timeout_s: int = _setting("QWEN_DRAIN_TIMEOUT_S", "a number of seconds, 0 to 86400", 300, ge=0, le=86400)
     max_queued_requests: int = _setting("QWEN_MAX_QUEUED_REQUESTS", "a number of requests, 0 or more", 256, ge=0)
     max_body_bytes: int = _setting("QWEN_MAX_BODY_BYTES", "a number of bytes, at least 1024", 4 << 20, ge=1024)
+    cpu_offload: Literal["needed", "always"] = _setting("QWEN_CPU_OFFLOAD", "needed or always", "needed")
+    otlp_traces_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^\s/]+")] = _setting(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "the URL of an OTLP receiver, for example http://127.0.0.1:4317", None
+    )
     log_prompts: bool = _setting("QWEN_LOG_PROMPTS", "true or false", False)
 
     tensor_parallel_size: int = _setting("VLLM_TENSOR_PARALLEL_SIZE", "a number of GPUs, 1 or more", 1, ge=1)
@@ -66,6 +87,24 @@ class Settings(BaseModel):
     max_num_seqs: int = _setting("max_num_seqs", "a number of requests, 1 or more", 64, ge=1)
     swap_space: float = _setting("swap_space", "a number of GiB, 0 or more", 0, ge=0)
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What ``load`` was given is all that counts; nothing is read behind its back."""
+        return (init_settings,)
+
+    @cached_property
+    def checkpoint(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
+        config: dict[str, Any] = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))
+        return config
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not (self.model_path / "config.json").is_file():
@@ -73,9 +112,29 @@ class Settings(BaseModel):
                 f"QWEN_MODEL_PATH is '{self.model_path}', which holds no config.json; "
                 "set it to the directory that holds the model's config.json and weights."
             )
-        awq = "awq" in self.model_name.lower() or "awq" in self.model_path.name.lower()
-        if awq and self.model_variant == "full":
-            raise ValueError(f"QWEN_MODEL_VARIANT is 'full' for the quantised model '{self.model_name}'; set it to awq-4bit.")
+        method = self.checkpoint.get("quantization_config", {}).get("quant_method")
+        kind = "awq-4bit" if method == "awq" else "full"
+        if kind != self.model_variant:
+            raise ValueError(
+                f"QWEN_MODEL_VARIANT is '{self.model_variant}', and the weights in '{self.model_path}' are "
+                f"{'quantised (awq)' if method == 'awq' else 'not quantised'}; set it to {kind}."
+            )
+        if self.model_variant == "awq-4bit" and self.dtype in ("bfloat16", "float32"):
+            raise ValueError(f"QWEN_DTYPE is '{self.dtype}', and AWQ weights are computed in float16; set it to auto or float16.")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batch_tokens is '{self.max_batch_tokens}', fewer than the {self.max_num_seqs} requests of a step (max_num_seqs), "
+                f"each of which needs one; set it to at least {self.max_num_seqs}."
+            )
+        heads = int(self.checkpoint.get("num_attention_heads", 0))
+        if heads % self.tensor_parallel_size:
+            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(
+                f"VLLM_TENSOR_PARALLEL_SIZE is '{self.tensor_parallel_size}', which does not divide the model's {heads} attention heads; "
+                f"set it to one of {fitting}."
+            )
+        if self.cpu_offload == "always" and not self.cpu_offload_gb:
+            raise ValueError("QWEN_CPU_OFFLOAD is 'always' without a budget; set VLLM_CPU_OFFLOAD_GB to a number of GiB above 0.")
         return self
 
 
@@ -104,16 +163,33 @@ def load(environment: Mapping[str, str]) -> Settings:
         SettingsError: a value is missing, malformed or contradicts another, or a name with the service's prefix is unknown.
     """
     canonical = {name.upper(): name for name in NAMES}
-    values: dict[str, str] = {}
-    for name, value in environment.items():
-        if name.upper() in canonical:
-            values[canonical[name.upper()]] = value
-        elif name.upper().startswith("QWEN_") and name not in _INTERNAL:
-            raise SettingsError(f"{name} is no setting of this service; remove it, or set one of {', '.join(sorted(NAMES))}.")
+    ours = [name for name in sorted(NAMES) if not name.startswith("OTEL_")]
+    engine: set[str] | None = None
+    for name in environment:
+        upper = name.upper()
+        if upper in canonical or name in _INTERNAL or not upper.startswith(("QWEN_", "VLLM_")):
+            continue
+        if upper.startswith("VLLM_"):
+            engine = _engine_variables() if engine is None else engine
+            if not engine or name in engine:
+                continue
+        of = "this service or of vLLM" if upper.startswith("VLLM_") else "this service"
+        close = difflib.get_close_matches(upper, canonical, 1, cutoff=0.8)
+        near = canonical[close[0]] if close else f"one of {', '.join(ours)}"
+        raise SettingsError(f"{name} is no setting of {of}; remove it, or set {near}.")
     try:
-        return Settings.model_validate(values)
+        return Settings(**_Environment(environment)())
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from error
+
+
+def _engine_variables() -> set[str]:
+    """Names of vLLM's own environment variables, read from its source: importing it takes seconds. Empty where it is not installed."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        return set()
+    source = Path(found.origin).with_name("envs.py")
+    return set(re.findall(r'"(VLLM_[A-Z0-9_]+)"', source.read_text(encoding="utf-8")))
 
 
 def claim(settings: Settings, environment: MutableMapping[str, str]) -> None:
@@ -122,8 +198,9 @@ def claim(settings: Settings, environment: MutableMapping[str, str]) -> None:
     Everything that libraries write by themselves is put below the cache directory, the only place that the unit lets the service
     write to. Hubs are never asked: a start does not depend on somebody else's server.
     """
-    canonical = {name.upper() for name in NAMES}
-    for name in [name for name in environment if name.upper() in canonical]:
+    # OTEL_* are names that OpenTelemetry's own library reads
+    ours = {name.upper() for name in NAMES if not name.startswith("OTEL_")}
+    for name in [name for name in environment if name.upper() in ours]:
         del environment[name]
     cache = settings.cache_dir
     environment.update(

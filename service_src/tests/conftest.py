@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(tmp_path: Path) -> dict[str, str]:
     """Settings of a service that needs no engine."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 2048, "rope_theta": 1000000.0}')
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 2048, "rope_theta": 1000000.0, "num_attention_heads": 4}')
     return {
         "QWEN_MODEL_PATH": str(tmp_path / "model"),
         "QWEN_MODEL_NAME": "fake",
@@ -72,6 +75,11 @@ class FakeBackend:
     max_model_len: int = 200
     delay: float = 0.0
     alive: bool = True
+    stuck: bool = False
+    progress: float = field(default_factory=time.monotonic)
+    unfinished: int = 0
+    killed: bool = False
+    aborting: bool = False
     prompts: list[str] = field(default_factory=list)
     samplings: list[Sampling] = field(default_factory=list)
     aborted: int = 0
@@ -84,16 +92,36 @@ class FakeBackend:
         if not self.alive:
             raise BackendDead("dead")
 
-    async def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncGenerator[Piece]:
+    async def ping(self) -> None:
+        while self.stuck:
+            await asyncio.sleep(0.01)
+
+    def kill(self) -> None:
+        self.killed, self.alive, self.stuck = True, False, False
+
+    async def abort_all(self) -> None:
+        self.aborting = True
+
+    async def generate(
+        self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool, trace: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Piece]:
         self.prompts.append("".join(map(chr, prompt)))
         self.samplings.append(sampling)
         text = "abcdefghijklmnopqrstuvwxyz"[: sampling.max_tokens]
         done = False
+        self.unfinished += 1
         try:
             for index, letter in enumerate(text):
                 await asyncio.sleep(self.delay)
+                while self.stuck:
+                    await asyncio.sleep(0.01)
                 if not self.alive:
                     raise BackendDead("died")
+                if self.aborting:
+                    done = True
+                    yield Piece("", [], "abort")
+                    return
+                self.progress = time.monotonic()
                 last = index == len(text) - 1
                 if stream:
                     done = last
@@ -102,6 +130,7 @@ class FakeBackend:
                 done = True
                 yield Piece(text, [ord(c) for c in text], "length")
         finally:
+            self.unfinished -= 1
             self.aborted += not done
 
 
@@ -113,11 +142,12 @@ async def backend() -> FakeBackend:
 @pytest.fixture
 async def client(environment: dict[str, str], backend: FakeBackend) -> AsyncGenerator[httpx.AsyncClient]:
     """A client of the application with the fake engine, ready."""
-    app = create_app(load(environment), backend)
+    left: list[int] = []
+    app = create_app(load(environment), backend, left.append)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
         backend.prompts.clear()
         backend.samplings.clear()
-        client.app = app  # type: ignore[attr-defined]
+        client.app, client.left = app, left  # type: ignore[attr-defined]
         yield client
 
 
@@ -185,3 +215,28 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
 def service(start: Callable[..., Running]) -> Running:
     """One real service for all tests that leave it as it was."""
     return start()
+
+
+@pytest.fixture
+def otlp() -> Iterator[tuple[list[Any], str]]:
+    """An OTLP receiver (http/protobuf): the spans that arrived, and its URL."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans: list[Any] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            request = ExportTraceServiceRequest.FromString(body)
+            spans.extend(span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield spans, f"http://127.0.0.1:{server.server_port}/v1/traces"
+    server.shutdown()

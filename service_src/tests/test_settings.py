@@ -29,7 +29,24 @@ from qwen_coder_service.settings import SettingsError, claim, load
         ({"max_batch_tokens": "-1"}, "max_batch_tokens is '-1'; set it to a number of tokens, at least 16, for example 8192."),
         ({"swap_space": "lots"}, "swap_space is 'lots'; set it to a number of GiB, 0 or more."),
         ({"QWEN_METRICS_BIND": "9090"}, "QWEN_METRICS_BIND is '9090'; set it to an address and a port, for example 127.0.0.1:9090."),
-        ({"QWEN_MODEL_NAME": "x-AWQ"}, "QWEN_MODEL_VARIANT is 'full' for the quantised model 'x-AWQ'; set it to awq-4bit."),
+        (
+            {"max_batch_tokens": "16", "max_num_seqs": "17"},
+            "max_batch_tokens is '16', fewer than the 17 requests of a step (max_num_seqs), each of which needs one; "
+            "set it to at least 17.",
+        ),
+        (
+            {"VLLM_TENSOR_PARALLEL_SIZE": "3"},
+            "VLLM_TENSOR_PARALLEL_SIZE is '3', which does not divide the model's 4 attention heads; set it to one of 1, 2, 4.",
+        ),
+        (
+            {"QWEN_CPU_OFFLOAD": "always"},
+            "QWEN_CPU_OFFLOAD is 'always' without a budget; set VLLM_CPU_OFFLOAD_GB to a number of GiB above 0.",
+        ),
+        ({"QWEN_STALL_TIMEOUT_S": "1"}, "QWEN_STALL_TIMEOUT_S is '1'; set it to a number of seconds, 5 to 3600."),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "collector"},
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is 'collector'; set it to the URL of an OTLP receiver, for example http://127.0.0.1:4317.",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_the_value_to_set(environment: dict[str, str], change: dict[str, str], sentence: str) -> None:
@@ -49,6 +66,34 @@ def test_a_missing_model_is_named(environment: dict[str, str], tmp_path: Path) -
 def test_an_unknown_name_of_ours_is_refused(environment: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match=r"^QWEN_MAX_LENGTH is no setting of this service; remove it, or set one of QWEN_BACKEND, "):
         load(environment | {"QWEN_MAX_LENGTH": "1"})
+
+
+def test_a_slip_in_a_name_of_the_engines_is_refused_and_a_name_that_it_has_is_not(environment: dict[str, str]) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^VLLM_MAX_MODEL_LENGTH is no setting of this service or of vLLM; remove it, or set VLLM_MAX_MODEL_LEN.$"
+    ):
+        load(environment | {"VLLM_MAX_MODEL_LENGTH": "1"})
+    assert load(environment | {"VLLM_LOGGING_LEVEL": "DEBUG"})
+
+
+def test_the_variant_is_what_the_weights_are(environment: dict[str, str]) -> None:
+    folder = environment["QWEN_MODEL_PATH"]
+    with pytest.raises(
+        SettingsError, match=rf"^QWEN_MODEL_VARIANT is 'awq-4bit', and the weights in '{folder}' are not quantised; set it to"
+    ):
+        load(environment | {"QWEN_MODEL_VARIANT": "awq-4bit"})
+    config = Path(folder, "config.json")
+    config.write_text(config.read_text()[:-1] + ', "quantization_config": {"quant_method": "awq"}}')
+    with pytest.raises(
+        SettingsError, match=rf"^QWEN_MODEL_VARIANT is 'full', and the weights in '{folder}' are quantised \(awq\); set it to"
+    ):
+        load(environment)
+    awq = environment | {"QWEN_MODEL_VARIANT": "awq-4bit"}
+    assert load(awq).model_variant == "awq-4bit"
+    with pytest.raises(
+        SettingsError, match=r"^QWEN_DTYPE is 'bfloat16', and AWQ weights are computed in float16; set it to auto or float16.$"
+    ):
+        load(awq | {"QWEN_DTYPE": "bfloat16"})
 
 
 def test_names_are_found_in_any_case(environment: dict[str, str]) -> None:

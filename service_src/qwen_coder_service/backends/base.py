@@ -42,6 +42,10 @@ class Backend(Protocol):
     progress: float
     """``time.monotonic()`` of the last sign that the engine did work for some request (a token, a part of a prompt)."""
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that the engine still has to work for; those whose client only reads slowly are none."""
+
     async def start(self) -> None:
         """Load the model; returns when prompts can be taken."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator
+import multiprocessing
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 from ..persona import Tokenizer
@@ -35,6 +38,8 @@ def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str]) -
     }
     if overrides := yarn(settings, rope_keys):
         arguments["hf_overrides"] = overrides
+    if settings.otlp_traces_endpoint:
+        arguments["otlp_traces_endpoint"] = settings.otlp_traces_endpoint
     if settings.kv_cache_memory_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
     if settings.swap_space:
@@ -52,6 +57,8 @@ class VllmBackend:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.progress = time.monotonic()
+        self._running: set[str] = set()
 
     async def start(self) -> None:
         """Load the model. Blocks the loop until the engine core is up: nothing else is to be done before that."""
@@ -59,11 +66,29 @@ class VllmBackend:
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        backend = self
+
+        class Progress(StatLoggerBase):  # type: ignore[misc]
+            """Called after each step of the engine with what it did."""
+
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                self.usage = 0.0
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **more: Any) -> None:
+                # a step that makes no token may still work through a part of a long prompt, which fills KV cache
+                usage = scheduler_stats.kv_cache_usage if scheduler_stats is not None else self.usage
+                if iteration_stats is not None or usage != self.usage:
+                    self.usage, backend.progress = usage, time.monotonic()
+
+            def log_engine_initialized(self) -> None: ...
 
         known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
         release = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
         rope_keys = {"rope_parameters"} if release >= (0, 30) else {"rope_scaling"}
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self._settings, known, rope_keys)))
+        arguments = AsyncEngineArgs(**engine_arguments(self._settings, known, rope_keys))
+        self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[Progress])
         tokenizer = self._engine.get_tokenizer()
         self.tokenizer = await tokenizer if asyncio.iscoroutine(tokenizer) else tokenizer
         self.max_model_len = int(self._engine.model_config.max_model_len)
@@ -76,18 +101,37 @@ class VllmBackend:
         if engine is not None:
             engine.shutdown()
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that the engine core has not finished."""
+        return int(self._engine.output_processor.get_num_unfinished_requests())
+
     async def check(self) -> None:
         """Look whether the engine core lives.
 
         Raises:
             BackendDead: it does not.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
+        with _death("the engine core is dead"):
             await self._engine.check_health()
-        except EngineDeadError as error:
-            raise BackendDead("the engine core is dead") from error
+
+    async def ping(self) -> None:
+        """Ask the engine core something that costs it nothing; it answers between two steps.
+
+        Raises:
+            BackendDead: it does not live.
+        """
+        with _death("the engine core is dead"):
+            await self._engine.is_sleeping()
+
+    def kill(self) -> None:
+        """Kill the engine core, which takes its workers with it. vLLM then fails every request that runs."""
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    async def abort_all(self) -> None:
+        """Give up what runs; each request ends with finish_reason ``abort``."""
+        await self._engine.abort(list(self._running))
 
     def _parameters(self, sampling: Sampling, stream: bool) -> Any:
         from vllm import SamplingParams
@@ -105,17 +149,33 @@ class VllmBackend:
             }
         )
 
-    async def generate(self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool) -> AsyncGenerator[Piece]:
+    async def generate(
+        self, request_id: str, prompt: list[int], sampling: Sampling, *, stream: bool, trace: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Piece]:
         """Answer a prompt. vLLM merges what was made while the caller was busy, so a slow reader gets larger pieces.
 
         Raises:
             BackendDead: the engine core died meanwhile.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        self._running.add(request_id)
+        outputs = self._engine.generate({"prompt_token_ids": prompt}, self._parameters(sampling, stream), request_id, trace_headers=trace)
         try:
-            async for output in self._engine.generate({"prompt_token_ids": prompt}, self._parameters(sampling, stream), request_id):
-                part = output.outputs[0]
-                yield Piece(part.text, list(part.token_ids), part.finish_reason)
-        except EngineDeadError as error:
-            raise BackendDead("the engine core died") from error
+            with _death("the engine core died"):
+                async for output in outputs:
+                    part = output.outputs[0]
+                    yield Piece(part.text, list(part.token_ids), part.finish_reason)
+        finally:
+            self._running.discard(request_id)
+            # now, and not when the garbage collector comes by: this is what tells the engine that nobody waits any more
+            await outputs.aclose()
+
+
+@contextlib.contextmanager
+def _death(message: str) -> Iterator[None]:
+    """vLLM's word for a dead engine, in ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise BackendDead(message) from error
