@@ -13,6 +13,8 @@ StopTexts = Annotated[list[StopText], Field(max_length=16)]
 class Sampled(BaseModel):
     """What both APIs say about how an answer is drawn. What is left out follows the model's own generation_config."""
 
+    model_config = ConfigDict(strict=True)  # the text "false" is no switch
+
     max_tokens: Annotated[int | None, Field(ge=1, description="tokens of the answer at most; as many as fit if left out")] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None

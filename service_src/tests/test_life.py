@@ -9,8 +9,9 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,20 +235,63 @@ async def test_a_client_that_reads_slowly_gets_all_and_keeps_nobody_waiting(serv
     assert said(events) == expected
 
 
-async def test_1000_streams_at_once_all_end_well_and_their_memory_comes_back(start: Callable[..., Running]) -> None:
-    running = start(QWEN_MAX_QUEUED_REQUESTS="1000", max_num_seqs="256")
-    process = worker(running)
+@pytest.fixture(scope="module")
+def roomy(start: Callable[..., Running], many_connections: None) -> Running:
+    """A service that takes many requests at a time, of short answers."""
+    return start(QWEN_MAX_QUEUED_REQUESTS="1000", max_num_seqs="256", VLLM_MAX_MODEL_LEN="512")
 
-    async def round_of(count: int) -> AsyncIterator[list[str]]:
+
+async def test_1000_streams_at_once_all_end_well_and_their_memory_comes_back(roomy: Running) -> None:
+    process = worker(roomy)
+
+    async def cut() -> list[list[str]]:
         async with clients() as client:
-            for events in asyncio.as_completed([stream(client, running.url, ask(32)) for _ in range(count)]):
-                yield await events
+            return [e for e in await asyncio.gather(*(stream(client, roomy.url, ask(32)) for _ in range(1000))) if truncated(e)]
 
     # what libraries set up once, at the first load, is no leak
-    assert [events async for events in round_of(1000) if truncated(events)] == []
+    assert await cut() == []
     level = process.memory_info().rss
-    assert [events async for events in round_of(1000) if truncated(events)] == []
+    assert await cut() == []
     assert process.memory_info().rss < level * 1.03
-    text = httpx.get(running.metrics).text
+    text = httpx.get(roomy.metrics).text
     assert 'qwen_requests_total{outcome="ok",route="/chat"} 2000.0' in text
     assert "qwen_requests_in_flight 0.0" in text
+
+
+def test_a_fuzz_of_the_openapi_document_finds_no_5xx_and_nothing_undocumented(roomy: Running) -> None:
+    command = [str(Path(sys.executable).parent / "st"), "run", f"{roomy.url}/openapi.json", "--seed", "1", "--max-examples", "60"]
+    command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--warnings", "off"]
+    # what a schema cannot say: which prompts fit the model
+    command += ["--checks", "all", "--exclude-checks", "positive_data_acceptance"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=roomy.log.parent, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "Test cases:" in result.stdout
+    assert '"status": 500' not in roomy.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (os.urandom(1 << 10) * (10 << 10), 413, "The request body has 10485760 bytes; 4194304 are taken at most."),
+        (b'{"messages": [', 400, ""),
+        (b"[" * 100_000, 400, ""),
+        (b"\xff\xfe" * 100, 400, ""),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, ""),
+        (b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1}', 400, ""),
+        (
+            b'{"messages": [{"role": "wizard", "content": "x"}]}',
+            400,
+            "messages.0.role: Input should be 'system', 'user', 'assistant' or 'tool'.",
+        ),
+        (json.dumps(ask(600)).encode(), 400, "max_tokens is 600; a prompt of 35 tokens leaves 477 of 512."),
+        (json.dumps({"messages": [{"role": "user", "content": "x " * 4000}]}).encode(), 400, "tokens; this model takes 511 at most."),
+    ],
+    ids=["10 MB", "cut JSON", "deep", "no UTF-8", "surrogate", "surrogate as a name", "role", "max_tokens", "long prompt"],
+)
+def test_garbage_is_refused_with_one_sentence(roomy: Running, body: bytes, status: int, said: str) -> None:
+    answer = httpx.post(f"{roomy.url}/chat", content=body, headers={"Content-Type": "application/json"}, timeout=30)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert error["request_id"] == answer.headers["X-Request-ID"]
+    assert httpx.get(f"{roomy.url}/health").status_code == 200
