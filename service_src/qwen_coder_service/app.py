@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import time
@@ -72,6 +73,9 @@ def create_app(settings: Settings, backend: Backend | None = None, leave: Callab
                 await engine.start()
                 await service.warm_up()
                 metrics.describe(settings, engine.max_model_len)
+                # what was loaded stays: the collector need not look at a million objects again while answers are made
+                gc.collect()
+                gc.freeze()
                 service.set_state(State.READY)
                 log.info("ready", extra={"seconds": round(time.monotonic() - began, 1), "model": settings.model_name})
                 sd_notify("READY=1\nSTATUS=ready")
