@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             devices=len(gpus),
             gpu_memory_utilization=settings.gpu_memory_utilization,
             cpu_offload_gb=settings.cpu_offload_gb,
-            cpu_offload_always=getattr(settings, "cpu_offload", "needed") == "always",
+            cpu_offload_always=settings.cpu_offload == "always",
             swap_space_gb=settings.swap_space,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
             min_headroom_gb=headroom,

@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from .sizing import ModelShape, SizingError
+
 EX_CONFIG = 78
 """Exit status of a service that was configured wrongly (sysexits.h): systemd is told not to try again."""
 
@@ -105,6 +107,13 @@ class Settings(BaseSettings):
         config: dict[str, Any] = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))
         return config
 
+    def _tensor_parallel_sizes(self) -> list[int]:
+        try:
+            return ModelShape.from_config(self.checkpoint).tensor_parallel_sizes()
+        except SizingError:  # a model that nobody sized: its attention heads at least must be split
+            heads = int(self.checkpoint.get("num_attention_heads", 1))
+            return [n for n in range(1, heads + 1) if heads % n == 0]
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not (self.model_path / "config.json").is_file():
@@ -126,13 +135,13 @@ class Settings(BaseSettings):
                 f"max_batch_tokens is '{self.max_batch_tokens}', fewer than the {self.max_num_seqs} requests of a step (max_num_seqs), "
                 f"each of which needs one; set it to at least {self.max_num_seqs}."
             )
-        heads = int(self.checkpoint.get("num_attention_heads", 0))
-        if heads % self.tensor_parallel_size:
-            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(
-                f"VLLM_TENSOR_PARALLEL_SIZE is '{self.tensor_parallel_size}', which does not divide the model's {heads} attention heads; "
-                f"set it to one of {fitting}."
-            )
+        if self.tensor_parallel_size > 1:
+            fitting = self._tensor_parallel_sizes()
+            if self.tensor_parallel_size not in fitting:
+                raise ValueError(
+                    f"VLLM_TENSOR_PARALLEL_SIZE is '{self.tensor_parallel_size}', over which this model cannot be split evenly; "
+                    f"set it to one of {', '.join(map(str, fitting))}."
+                )
         if self.cpu_offload == "always" and not self.cpu_offload_gb:
             raise ValueError("QWEN_CPU_OFFLOAD is 'always' without a budget; set VLLM_CPU_OFFLOAD_GB to a number of GiB above 0.")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qwen_coder_service import settings
-from qwen_coder_service.backends.vllm import engine_arguments
+from qwen_coder_service.backends.vllm import engine_arguments, offload_gib
+from qwen_coder_service.memory_probe import Gpu
 from qwen_coder_service.settings import SettingsError, claim, load
 
 
@@ -36,7 +38,7 @@ from qwen_coder_service.settings import SettingsError, claim, load
         ),
         (
             {"VLLM_TENSOR_PARALLEL_SIZE": "3"},
-            "VLLM_TENSOR_PARALLEL_SIZE is '3', which does not divide the model's 4 attention heads; set it to one of 1, 2, 4.",
+            "VLLM_TENSOR_PARALLEL_SIZE is '3', over which this model cannot be split evenly; set it to one of 1, 2, 4.",
         ),
         (
             {"QWEN_CPU_OFFLOAD": "always"},
@@ -112,6 +114,17 @@ def test_ours_leave_the_environment_and_the_engines_own_are_set(environment: dic
 
 
 KNOWN = {"kv_offloading_size"}
+SHAPE_32B = {
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "intermediate_size": 27648,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+}
 
 
 def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:
@@ -146,6 +159,33 @@ def test_more_tokens_than_native_bring_yarn(environment: dict[str, str]) -> None
     assert new == {"max_position_embeddings": 8192, "rope_parameters": scaling | {"rope_theta": 1000000.0}}
     old = engine_arguments(found, KNOWN, {"rope_scaling"})["hf_overrides"]
     assert old == {"max_position_embeddings": 8192, "rope_scaling": scaling}
+
+
+@pytest.mark.parametrize(
+    ("settings_more", "gpus", "given"),
+    [
+        ({}, [48 * 1024], None),  # the weights fit: nothing is moved, whatever the budget
+        ({}, [], None),  # no GPU
+        ({}, [12 * 1024], 10.0),  # they do not: what is missing, and no more than the budget
+        ({"VLLM_CPU_OFFLOAD_GB": "3"}, [12 * 1024], 3.0),
+        ({"QWEN_CPU_OFFLOAD": "always"}, [48 * 1024], 15.1),  # all that can be moved: the layers
+    ],
+)
+def test_the_engine_gets_the_part_of_the_offload_budget_that_it_needs(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, settings_more: dict[str, str], gpus: list[float], given: float | None
+) -> None:
+    """The AWQ checkpoint of the 32B model, on GPUs of some MiB."""
+    config = {**SHAPE_32B, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    Path(environment["QWEN_MODEL_PATH"], "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("qwen_coder_service.backends.vllm.find_gpus", lambda: ([Gpu(0, "a card", mib, mib) for mib in gpus], ""))
+    awq = {"QWEN_MODEL_VARIANT": "awq-4bit", "VLLM_CPU_OFFLOAD_GB": "64", "VLLM_MAX_MODEL_LEN": "4096", "max_batch_tokens": "2048"}
+    found = offload_gib(load(environment | awq | settings_more))
+    if given is None:
+        assert found == 0
+    else:
+        assert found == pytest.approx(given, abs=1.0)
+    arguments = engine_arguments(load(environment | awq | settings_more), KNOWN, {"rope_parameters"}, found)
+    assert arguments.get("cpu_offload_gb", 0) == found
 
 
 def test_check_reads_a_file_as_systemd_does(environment: dict[str, str], tmp_path: Path) -> None:

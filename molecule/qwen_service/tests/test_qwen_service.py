@@ -1,6 +1,7 @@
 """Role qwen_service: the real engine on a host, as systemd runs it."""
 
 import json
+import time
 
 import pytest
 
@@ -118,3 +119,42 @@ def test_stop_lets_a_stream_end_and_exits_cleanly(node):
         body,
     )
     assert out.stdout.split() == ["rc=0", "data:", "[DONE]", "success"]
+
+
+def restarts(node):
+    return int(node.check_output("systemctl show -p NRestarts --value qwen-coder"))
+
+
+def wait_until(node, command, seconds):
+    """Wait until a command succeeds on the host; seconds that it took."""
+    began = time.monotonic()
+    while node.run(command).rc:
+        assert time.monotonic() - began < seconds, node.check_output("journalctl -u qwen-coder -n 30 --no-pager")
+        time.sleep(0.5)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("signal", "victim", "result"),
+    [
+        ("KILL", "VLLM::EngineCore", "exit-code"),
+        ("STOP", "VLLM::EngineCore", "exit-code"),
+        # the service itself does nothing any more: systemd's own watchdog
+        ("STOP", "the worker", "watchdog"),
+    ],
+)
+def test_what_is_dead_or_stalled_is_started_anew_within_30_s(node, signal, victim, result):
+    before, main = restarts(node), pid(node)
+    target = f"pgrep -P {main}" if victim == "the worker" else f"pgrep -f ^{victim}"
+    node.check_output(f"kill -{signal} $({target} | head -n 1)")
+    assert wait_until(node, f"! kill -0 {main}", 35) < 30
+    wait_until(node, f"curl -fsS {URL}/ready", 120)
+    assert restarts(node) == before + 1
+    assert f"Failed with result '{result}'" in node.check_output("journalctl -u qwen-coder -n 300 --no-pager")
+    assert ask(node, QUESTION)["message"]["content"]
+
+
+def test_ends_are_counted_over_restarts(node):
+    metrics = node.check_output("curl -fsS http://127.0.0.1:9090/metrics")
+    assert 'qwen_engine_ends_total{reason="died"} 1.0' in metrics
+    assert 'qwen_engine_ends_total{reason="stalled"} 1.0' in metrics

@@ -5,24 +5,66 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
+from ..memory_probe import find_gpus
 from ..persona import Tokenizer
 from ..settings import Settings
+from ..sizing import GIB, ModelShape, SizingError, cuda_memory_bytes, fit
 from .base import BackendDead, Piece, Sampling
 from .rope import yarn
 
+log = logging.getLogger(__name__)
 
-def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str]) -> dict[str, Any]:
+
+def offload_gib(settings: Settings) -> float:
+    """GiB of weights, for each GPU, that move to host memory: what is needed and no more than the budget; with ``always``, all of it.
+
+    vLLM would move the whole budget, needed or not, and then fetch those weights over PCIe for every token.
+    """
+    if not settings.cpu_offload_gb:
+        return 0
+    gpus, _ = find_gpus()
+    if not gpus:
+        return 0
+    always = settings.cpu_offload == "always"
+    try:
+        shape = ModelShape.from_config(settings.checkpoint)
+    except SizingError as error:
+        log.warning("what must be offloaded is not known: %s", error)
+        return settings.cpu_offload_gb if always else 0
+    found = fit(
+        shape,
+        device_memory_bytes=cuda_memory_bytes(min(gpu.total_mib for gpu in gpus)),
+        devices=len(gpus),
+        tensor_parallel_size=settings.tensor_parallel_size,
+        max_model_len=settings.max_model_len,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        dtype=settings.dtype,
+        enforce_eager=settings.enforce_eager,
+        cpu_offload_gb=settings.cpu_offload_gb,
+        cpu_offload_always=always,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+    )
+    for problem in found.problems:  # foretold; whether it is so, the engine finds out
+        log.warning("%s", problem.sentence)
+    return found.offload_bytes / GIB
+
+
+def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str], offload: float = 0) -> dict[str, Any]:
     """Our settings in vLLM's words.
 
     Args:
         settings: the service's.
         known: names of the arguments that this vLLM has.
         rope_keys: how this vLLM's configurations name rope scaling.
+        offload: GiB of weights, for each GPU, to keep in host memory.
     """
     arguments: dict[str, Any] = {
         "model": str(settings.model_path),
@@ -40,6 +82,8 @@ def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str]) -
         arguments["hf_overrides"] = overrides
     if settings.otlp_traces_endpoint:
         arguments["otlp_traces_endpoint"] = settings.otlp_traces_endpoint
+    if offload:
+        arguments["cpu_offload_gb"] = offload
     if settings.kv_cache_memory_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
     if settings.swap_space:
@@ -87,7 +131,7 @@ class VllmBackend:
         known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
         release = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
         rope_keys = {"rope_parameters"} if release >= (0, 30) else {"rope_scaling"}
-        arguments = AsyncEngineArgs(**engine_arguments(self._settings, known, rope_keys))
+        arguments = AsyncEngineArgs(**engine_arguments(self._settings, known, rope_keys, offload_gib(self._settings)))
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[Progress])
         tokenizer = self._engine.get_tokenizer()
         self.tokenizer = await tokenizer if asyncio.iscoroutine(tokenizer) else tokenizer
