@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -209,6 +211,9 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
         if running.process.poll() is None:
             running.process.terminate()
             running.process.wait(90)
+        # what a killed engine left behind; systemd ends it with the unit
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
