@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,9 @@ class Network:
         """
         transformers.utils.logging.disable_progress_bar()
         transformers.AttentionInterface.register(_ATTENTION, attend)
+        if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+            # a core is the server's, as vLLM leaves it one: threads that wait for each other are slow where one has to share
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         config = transformers.AutoConfig.from_pretrained(settings.model_path)
         config.update(yarn(settings, {"rope_parameters" if int(transformers.__version__.split(".")[0]) >= 5 else "rope_scaling"}))
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
@@ -211,7 +215,7 @@ class Network:
             logits = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([positions], device=self.device),
-                logits_to_keep=torch.tensor(ends, dtype=torch.long, device=self.device),
+                logits_to_keep=ends,  # a list: no tensor on a GPU that the last layer is not on
                 use_cache=False,
                 parts=parts,
             ).logits[0]
