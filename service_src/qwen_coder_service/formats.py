@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from json.encoder import encode_basestring  # a text as JSON, by C code alone
 from typing import Any, Protocol
 
 from .backends.base import Piece
@@ -74,6 +75,8 @@ class OpenAIFormat:
     def __init__(self, request_id: str, model: str, include_usage: bool) -> None:
         self.include_usage, self.prompt_tokens = include_usage, 0
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
+        # all pieces but the last differ in their text only
+        self.before, self.after = (half.encode() for half in self._chunk({"content": ""}).decode().rsplit('""', 1))
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """An answer that is not streamed."""
@@ -95,7 +98,9 @@ class OpenAIFormat:
 
     def part(self, piece: Piece, tokens: int) -> bytes:
         """A piece of a stream."""
-        text = self._chunk({"content": piece.text}) if piece.text or piece.finish_reason is None else b""
+        text = b""
+        if piece.text or piece.finish_reason is None:
+            text = self.before + encode_basestring(piece.text).encode() + self.after
         if piece.finish_reason is None:
             return text
         text += self._chunk({}, piece.finish_reason)
