@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -22,16 +23,16 @@ from . import __version__, metrics
 from .backends.base import Backend, BackendDead
 from .errors import ApiError, invalid
 from .formats import ChatFormat, Format, OpenAIFormat
-from .lifecycle import Sigterm, State, Watch, sd_notify
+from .lifecycle import Sigterm, State, Watch, leave, sd_notify
 from .schemas import ChatAnswer, ChatRequest, Completion, CompletionRequest, ErrorAnswer, Health, Models
 from .service import Question, Service
-from .settings import Settings, claim
+from .settings import EX_CONFIG, Settings, claim
 from .wire import Envelope, EventStream, until_disconnect
 
 log = logging.getLogger("qwen_coder_service")
 
 
-def create_app(settings: Settings, backend: Backend | None = None, leave: Callable[[int], object] = os._exit) -> FastAPI:
+def create_app(settings: Settings, backend: Backend | None = None, leave: Callable[[int], object] = leave) -> FastAPI:
     """The application.
 
     Args:
@@ -70,7 +71,12 @@ def create_app(settings: Settings, backend: Backend | None = None, leave: Callab
         began = time.monotonic()
         with Sigterm(terminated) as sigterm:
             try:
-                await engine.start()
+                try:
+                    await engine.start()
+                except ValueError as error:  # how engines say that they are set wrongly
+                    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+                    leave(EX_CONFIG)
+                    raise
                 await service.warm_up()
                 metrics.describe(settings, engine.max_model_len)
                 # what was loaded stays: the collector need not look at a million objects again while answers are made

@@ -8,7 +8,7 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from .lifecycle import EX_SOFTWARE
+from .lifecycle import EX_SOFTWARE, exit_status
 from .settings import EX_CONFIG, SettingsError, load
 
 # gunicorn reports readiness when its arbiter runs; the service does it itself, after the first token
@@ -43,4 +43,4 @@ def on_starting(server: Any) -> None:
 def child_exit(server: Any, worker: Any) -> None:
     """End with a worker that ended by itself: one that took its place would be hidden from systemd, which counts and delays restarts."""
     if server.LISTENERS:  # closed when the arbiter itself is to stop
-        raise HaltServer("the service ended by itself", EX_SOFTWARE)
+        raise HaltServer("the service ended by itself", exit_status[0] or EX_SOFTWARE)

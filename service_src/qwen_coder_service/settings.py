@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from .sizing import ModelShape, SizingError
+from .sizing import BLOCK_SIZES, ModelShape, SizingError
 
 EX_CONFIG = 78
 """Exit status of a service that was configured wrongly (sysexits.h): systemd is told not to try again."""
@@ -107,12 +107,12 @@ class Settings(BaseSettings):
         config: dict[str, Any] = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))
         return config
 
-    def _tensor_parallel_sizes(self) -> list[int]:
+    def _shape(self) -> ModelShape | None:
+        """The model's sizes; None for one of a kind that nobody sized."""
         try:
-            return ModelShape.from_config(self.checkpoint).tensor_parallel_sizes()
-        except SizingError:  # a model that nobody sized: its attention heads at least must be split
-            heads = int(self.checkpoint.get("num_attention_heads", 1))
-            return [n for n in range(1, heads + 1) if heads % n == 0]
+            return ModelShape.from_config(self.checkpoint)
+        except SizingError:
+            return None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -136,11 +136,23 @@ class Settings(BaseSettings):
                 f"each of which needs one; set it to at least {self.max_num_seqs}."
             )
         if self.tensor_parallel_size > 1:
-            fitting = self._tensor_parallel_sizes()
+            if (shape := self._shape()) is not None:
+                fitting = shape.tensor_parallel_sizes()
+            else:  # its attention heads at least must be split
+                heads = int(self.checkpoint.get("num_attention_heads", 1))
+                fitting = [n for n in range(1, heads + 1) if heads % n == 0]
             if self.tensor_parallel_size not in fitting:
                 raise ValueError(
                     f"VLLM_TENSOR_PARALLEL_SIZE is '{self.tensor_parallel_size}', over which this model cannot be split evenly; "
                     f"set it to one of {', '.join(map(str, fitting))}."
+                )
+        if self.kv_cache_memory_bytes is not None and (shape := self._shape()) is not None:
+            tokens = self.max_model_len or shape.native_length
+            a_token, block = shape.kv_bytes_per_token("auto", self.dtype, self.tensor_parallel_size), max(BLOCK_SIZES.values())
+            if self.kv_cache_memory_bytes < tokens * a_token:
+                raise ValueError(
+                    f"QWEN_KV_CACHE_MEMORY_BYTES is '{self.kv_cache_memory_bytes}', and one sequence of {tokens} tokens "
+                    f"(VLLM_MAX_MODEL_LEN) takes {tokens * a_token}; set it to at least {(-(-tokens // block) + 1) * block * a_token}."
                 )
         if self.cpu_offload == "always" and not self.cpu_offload_gb:
             raise ValueError("QWEN_CPU_OFFLOAD is 'always' without a budget; set VLLM_CPU_OFFLOAD_GB to a number of GiB above 0.")

@@ -164,6 +164,12 @@ def test_a_stop_while_the_model_loads_does_not_wait_for_it(start: Callable[..., 
     assert running.process.wait(5) == 0
 
 
+def test_what_only_the_engine_can_refuse_ends_with_a_sentence_and_78_too(start: Callable[..., Running]) -> None:
+    running = start(wait=False, QWEN_BACKEND="transformers", VLLM_TENSOR_PARALLEL_SIZE="2")
+    assert running.process.wait(60) == 78
+    assert "\nVLLM_TENSOR_PARALLEL_SIZE is 2 on a machine with 0 GPUs; set it to 1 at most.\n" in running.log.read_text()
+
+
 async def test_kill_of_the_engine_core_ends_the_service_and_is_counted_and_a_trace_reaches_into_the_engine(
     start: Callable[..., Running], tmp_path: Path, otlp: tuple[list[Any], str]
 ) -> None:

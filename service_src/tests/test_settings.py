@@ -98,6 +98,17 @@ def test_the_variant_is_what_the_weights_are(environment: dict[str, str]) -> Non
         load(awq | {"QWEN_DTYPE": "bfloat16"})
 
 
+def test_a_kv_cache_that_holds_no_whole_sequence_is_refused(environment: dict[str, str]) -> None:
+    Path(environment["QWEN_MODEL_PATH"], "config.json").write_text(json.dumps(SHAPE_32B))
+    with pytest.raises(
+        SettingsError,
+        match=r"^QWEN_KV_CACHE_MEMORY_BYTES is '1048576', and one sequence of 8192 tokens \(VLLM_MAX_MODEL_LEN\) takes 2147483648; "
+        r"set it to at least 2181038080\.$",
+    ):
+        load(environment | {"QWEN_KV_CACHE_MEMORY_BYTES": "1048576", "VLLM_MAX_MODEL_LEN": "8192"})
+    assert load(environment | {"QWEN_KV_CACHE_MEMORY_BYTES": "2181038080", "VLLM_MAX_MODEL_LEN": "8192"})
+
+
 def test_names_are_found_in_any_case(environment: dict[str, str]) -> None:
     found = load(environment | {"MAX_BATCH_TOKENS": "4096", "vllm_max_model_len": "512"})
     assert (found.max_batch_tokens, found.max_model_len) == (4096, 512)
