@@ -53,6 +53,7 @@ class Figures:
 
     tokens_per_s: float
     ttft_p50_ms: float
+    tpot_p50_ms: float
     itl_p50_ms: float
     failed: int
 
@@ -153,12 +154,14 @@ def bench(url: str, settings: Settings, concurrency: int, options: argparse.Name
     command += ["--tokenizer", str(settings.model), "--dataset-name", "random", "--random-input-len", str(options.input_len)]
     command += ["--random-output-len", str(options.output_len), "--num-prompts", str(prompts), "--max-concurrency", str(concurrency)]
     command += ["--num-warmups", str(min(concurrency, 8)), "--ignore-eos", "--temperature", "0", "--seed", "0", "--disable-tqdm"]
-    command += ["--percentile-metrics", "ttft,itl", "--save-result", "--result-dir", str(work), "--result-filename", result.name]
+    command += ["--percentile-metrics", "ttft,tpot,itl", "--save-result", "--result-dir", str(work), "--result-filename", result.name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=work)
     if done.returncode:
         raise SystemExit(f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     found = json.loads(result.read_text(encoding="utf-8"))
-    return Figures(found["output_throughput"], found["median_ttft_ms"], found["median_itl_ms"], prompts - found["completed"])
+    return Figures(
+        found["output_throughput"], found["median_ttft_ms"], found["median_tpot_ms"], found["median_itl_ms"], prompts - found["completed"]
+    )
 
 
 def main() -> None:
@@ -220,15 +223,15 @@ def main() -> None:
                 failed += pair["service"].failed
             report["runs"] += [{"concurrency": concurrency, "service": vars(a), "vllm serve": vars(b)} for a, b in pairs]
             columns = []
-            for figure in ("tokens_per_s", "ttft_p50_ms", "itl_p50_ms"):
+            for figure in ("tokens_per_s", "ttft_p50_ms", "tpot_p50_ms", "itl_p50_ms"):
                 both = [statistics.median(getattr(run, figure) for run in runs) for runs in zip(*pairs, strict=True)]
                 ratio = statistics.median(getattr(a, figure) / getattr(b, figure) for a, b in pairs)
                 columns.append((*both, ratio))
                 report.setdefault("ratios", {}).setdefault(str(concurrency), {})[figure] = round(ratio, 3)
-            (t, ft, itl) = columns
+            (t, ft, tpot, itl) = columns
             print(
                 f"{concurrency:>11}  {t[0]:>9.0f} / {t[1]:>8.0f}  {t[2]:>5.2f}  {ft[0]:>9.1f} / {ft[1]:>8.1f}  {ft[2]:>5.2f}"
-                f"  {itl[0]:>7.2f} / {itl[1]:>6.2f}  {itl[2]:>5.2f}",
+                f"  {tpot[0]:>5.2f} / {tpot[1]:>6.2f}  {tpot[2]:>5.2f}  {itl[0]:>5.2f} / {itl[1]:>6.2f}  {itl[2]:>5.2f}",
                 flush=True,
             )
         print("\nservice / vllm serve; a ratio above 1 is good for tokens/s and bad for times")

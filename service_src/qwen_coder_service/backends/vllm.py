@@ -136,6 +136,8 @@ class VllmBackend:
         tokenizer = self._engine.get_tokenizer()
         self.tokenizer = await tokenizer if asyncio.iscoroutine(tokenizer) else tokenizer
         self.max_model_len = int(self._engine.model_config.max_model_len)
+        if hasattr(vllm.envs, "enable_envs_cache"):  # else the environment is read anew for every request
+            vllm.envs.enable_envs_cache()
         # `vllm serve` applies the model's generation_config by itself, AsyncLLM does not
         self._defaults = dict(self._engine.model_config.get_diff_sampling_param())
 
@@ -202,7 +204,9 @@ class VllmBackend:
             BackendDead: the engine core died meanwhile.
         """
         self._running.add(request_id)
-        outputs = self._engine.generate({"prompt_token_ids": prompt}, self._parameters(sampling, stream), request_id, trace_headers=trace)
+        # with its type: what is ready for the engine needs no thread to be made so
+        ready = {"type": "token", "prompt_token_ids": prompt}
+        outputs = self._engine.generate(ready, self._parameters(sampling, stream), request_id, trace_headers=trace)
         try:
             with _death("the engine core died"):
                 async for output in outputs:
