@@ -41,3 +41,8 @@ def invalid(message: str, *, param: str | None = None, status: int = 400) -> Api
 def unavailable(message: str, *, retry_after: int) -> ApiError:
     """The service cannot take the request now; another node, or this one later, can."""
     return ApiError(503, "overloaded_error", message, retry_after=retry_after)
+
+
+def broken() -> ApiError:
+    """The service itself failed."""
+    return ApiError(500, "api_error", "The service failed; its log says how.")

@@ -160,6 +160,9 @@ class Watch:
                 sd_notify("WATCHDOG=1")
         except BackendDead as error:
             self._ended(End.DIED, str(error))
+        except Exception as error:  # an engine that answers with anything else is no engine to go on with, unwatched
+            log.exception("the watch over the engine failed")
+            self._ended(End.DIED, repr(error))
         finally:
             pinging.cancel()
 

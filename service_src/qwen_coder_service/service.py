@@ -14,7 +14,7 @@ import jinja2
 
 from . import metrics, persona
 from .backends.base import Backend, BackendDead, Piece, Sampling
-from .errors import ApiError, invalid, unavailable
+from .errors import ApiError, broken, invalid, unavailable
 from .formats import Format, sse
 from .lifecycle import EX_SOFTWARE, End, Ends, State, sd_notify
 from .schemas import Sampled
@@ -168,6 +168,10 @@ class Service:
         except BackendDead as error:
             scope["outcome"] = "dead"
             yield sse(self.dead(error).body(scope["request_id"]))
+        except Exception:  # whatever it is, the client is told; the status has left long ago
+            log.exception("request %s failed", scope["request_id"])
+            scope["outcome"] = "error"
+            yield sse(broken().body(scope["request_id"]))
         finally:
             scope["details"]["completion_tokens"] = tokens
             with contextlib.suppress(BackendDead):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import metrics
-from .errors import ApiError, invalid
+from .errors import ApiError, broken, invalid
 from .settings import Settings
 from .telemetry import Tracing
 
@@ -95,7 +95,7 @@ class Envelope:
             log.exception("request %s failed", request_id)
             scope["outcome"] = "error"
             if status == 499:  # nothing was sent
-                await ApiError(500, "api_error", "The service failed; its log says how.").response(request_id)(scope, receive, answer)
+                await broken().response(request_id)(scope, receive, answer)
         finally:
             outcome = scope.get("outcome") or _outcome(status)
             metrics.REQUESTS.labels(path, outcome).inc()

@@ -77,6 +77,7 @@ class FakeBackend:
     max_model_len: int = 200
     delay: float = 0.0
     alive: bool = True
+    broken: bool = False
     stuck: bool = False
     progress: float = field(default_factory=time.monotonic)
     unfinished: int = 0
@@ -95,6 +96,8 @@ class FakeBackend:
             raise BackendDead("dead")
 
     async def ping(self) -> None:
+        if self.broken:
+            raise RuntimeError("a bug")
         while self.stuck:
             await asyncio.sleep(0.01)
 
@@ -117,6 +120,8 @@ class FakeBackend:
                 await asyncio.sleep(self.delay)
                 while self.stuck:
                     await asyncio.sleep(0.01)
+                if self.broken:
+                    raise RuntimeError("a bug")
                 if not self.alive:
                     raise BackendDead("died")
                 if self.aborting:

@@ -126,6 +126,23 @@ async def test_an_engine_that_dies_in_a_stream_is_said_in_the_stream(client: htt
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_bug_is_said_to_its_client_and_hurts_no_other(client: httpx.AsyncClient, backend: FakeBackend, stream: bool) -> None:
+    backend.broken = True
+    answer = await client.post("/chat", json=HELLO | {"stream": stream})
+    assert answer.status_code == (200 if stream else 500)
+    error = json.loads([line for line in answer.text.splitlines() if line][-1].removeprefix("data: "))["error"]
+    assert error == {
+        "message": "The service failed; its log says how.",
+        "type": "api_error",
+        "code": 500,
+        "param": None,
+        "request_id": answer.headers["X-Request-ID"],
+    }
+    backend.broken = False
+    assert (await client.post("/chat", json=HELLO)).status_code == 200
+
+
 async def test_unknown_paths_and_methods_answer_in_the_same_shape(client: httpx.AsyncClient) -> None:
     for answer, status in ((await client.get("/nope"), 404), (await client.get("/chat"), 405)):
         assert answer.status_code == status

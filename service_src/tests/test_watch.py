@@ -69,6 +69,12 @@ async def test_a_dead_engine_is_found_without_a_request(ended: list[tuple[End, s
     assert ended == [(End.DIED, "dead")]
 
 
+async def test_an_engine_that_cannot_be_watched_is_no_engine(ended: list[tuple[End, str]], backend: FakeBackend) -> None:
+    backend.broken = True
+    await asyncio.sleep(0.1)
+    assert ended == [(End.DIED, "RuntimeError('a bug')")]
+
+
 async def test_that_this_process_was_held_up_says_nothing_about_the_engine(ended: list[tuple[End, str]], backend: FakeBackend) -> None:
     await asyncio.sleep(0.05)
     backend.unfinished, backend.progress = 1, time.monotonic()
