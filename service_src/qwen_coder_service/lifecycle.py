@@ -93,8 +93,8 @@ class Sigterm:
 
     def proceed(self) -> None:
         """Let the server stop."""
-        if callable(self._server):
-            self._server(signal.SIGTERM, None)
+        signal.signal(signal.SIGTERM, self._server)
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Ends:

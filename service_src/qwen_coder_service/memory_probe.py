@@ -72,6 +72,37 @@ def find_gpus() -> tuple[list[Gpu], str]:
     return gpus, "" if gpus else "No GPU was found: nvidia-smi lists none."
 
 
+def _wanted(settings: Settings) -> dict[str, Any]:
+    return {
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_model_len": settings.max_model_len,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "dtype": settings.dtype,
+        "enforce_eager": settings.enforce_eager,
+    }
+
+
+def foretell(settings: Settings, shape: ModelShape, gpus: list[Gpu], min_headroom_gb: float = 0.0) -> Fit:
+    """How a model fits on these devices, with these settings.
+
+    Raises:
+        SizingError: as ``sizing.fit``.
+    """
+    return fit(
+        shape,
+        device_memory_bytes=cuda_memory_bytes(min(gpu.total_mib for gpu in gpus)),
+        devices=len(gpus),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        cpu_offload_gb=settings.cpu_offload_gb,
+        cpu_offload_always=settings.cpu_offload == "always",
+        swap_space_gb=settings.swap_space,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        min_headroom_gb=min_headroom_gb,
+        **_wanted(settings),
+    )
+
+
 def measure(settings: Settings, need: Demand, before: list[Gpu], dummy_weights: bool) -> Measured:
     """Load the model over the first devices and see what is gone. Not tried on a GPU by the tests.
 
@@ -220,15 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load(_environment(options))
         shape = ModelShape.from_directory(settings.model_path)
-        wanted: dict[str, Any] = {
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "max_model_len": settings.max_model_len,
-            "max_batch_tokens": settings.max_batch_tokens,
-            "max_num_seqs": settings.max_num_seqs,
-            "dtype": settings.dtype,
-            "enforce_eager": settings.enforce_eager,
-        }
-        need = demand(shape, **wanted)
+        need = demand(shape, **_wanted(settings))
     except (SettingsError, SizingError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -240,18 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     holds: bool | None = None
     if gpus:
         headroom = options.min_headroom_gb if options.min_headroom_gb is not None else 0 if shape.quantisation else 10
-        found = fit(
-            shape,
-            device_memory_bytes=cuda_memory_bytes(min(gpu.total_mib for gpu in gpus)),
-            devices=len(gpus),
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            cpu_offload_gb=settings.cpu_offload_gb,
-            cpu_offload_always=settings.cpu_offload == "always",
-            swap_space_gb=settings.swap_space,
-            kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
-            min_headroom_gb=headroom,
-            **wanted,
-        )
+        found = foretell(settings, shape, gpus, headroom)
         need, holds = found.demand, found.headroom_holds and found.fits
         sentences += [problem.sentence for problem in found.problems]
         if options.load_model and not found.problems:

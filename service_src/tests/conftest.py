@@ -28,6 +28,22 @@ from qwen_coder_service.settings import load
 
 MAX_MODEL_LEN = 16384
 
+# the config.json of Qwen2.5-Coder-32B-Instruct, as far as it is read
+QWEN_32B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "intermediate_size": 27648,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+}
+
 
 def free_port() -> int:
     with socket.socket() as sock:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import QWEN_32B
 
 from qwen_coder_service import settings
 from qwen_coder_service.backends.vllm import engine_arguments, offload_gib
@@ -99,7 +100,7 @@ def test_the_variant_is_what_the_weights_are(environment: dict[str, str]) -> Non
 
 
 def test_a_kv_cache_that_holds_no_whole_sequence_is_refused(environment: dict[str, str]) -> None:
-    Path(environment["QWEN_MODEL_PATH"], "config.json").write_text(json.dumps(SHAPE_32B))
+    Path(environment["QWEN_MODEL_PATH"], "config.json").write_text(json.dumps(QWEN_32B))
     with pytest.raises(
         SettingsError,
         match=r"^QWEN_KV_CACHE_MEMORY_BYTES is '1048576', and one sequence of 8192 tokens \(VLLM_MAX_MODEL_LEN\) takes 2147483648; "
@@ -125,17 +126,6 @@ def test_ours_leave_the_environment_and_the_engines_own_are_set(environment: dic
 
 
 KNOWN = {"kv_offloading_size"}
-SHAPE_32B = {
-    "model_type": "qwen2",
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 27648,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-}
 
 
 def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:
@@ -186,7 +176,7 @@ def test_the_engine_gets_the_part_of_the_offload_budget_that_it_needs(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, settings_more: dict[str, str], gpus: list[float], given: float | None
 ) -> None:
     """The AWQ checkpoint of the 32B model, on GPUs of some MiB."""
-    config = {**SHAPE_32B, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    config = {**QWEN_32B, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
     Path(environment["QWEN_MODEL_PATH"], "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("qwen_coder_service.backends.vllm.find_gpus", lambda: ([Gpu(0, "a card", mib, mib) for mib in gpus], ""))
     awq = {"QWEN_MODEL_VARIANT": "awq-4bit", "VLLM_CPU_OFFLOAD_GB": "64", "VLLM_MAX_MODEL_LEN": "4096", "max_batch_tokens": "2048"}

@@ -12,23 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import QWEN_32B
 
 from qwen_coder_service import sizing
 from qwen_coder_service.sizing import GIB, MIB, Fit, ModelShape, SizingError, cuda_memory_bytes, fit
 
-QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 27648,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-    "torch_dtype": "bfloat16",
-}
+QWEN = QWEN_32B
 AWQ = {
     **QWEN,
     "torch_dtype": "float16",

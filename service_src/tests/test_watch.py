@@ -92,7 +92,7 @@ async def test_a_stall_is_told_to_who_waits_and_ends_the_process(client: httpx.A
     await asyncio.sleep(0.3)
     backend.stuck = True
     service.ended(End.STALLED, "seen")
-    answers = await asyncio.gather(whole, streamed)
+    answers = await asyncio.wait_for(asyncio.gather(whole, streamed), 5)
     assert backend.killed
     assert (answers[0].status_code, answers[0].headers["Retry-After"]) == (503, "30")
     assert json.loads([line for line in answers[1].text.splitlines() if line][-1].removeprefix("data: "))["error"]["code"] == 503

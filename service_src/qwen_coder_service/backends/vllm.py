@@ -11,10 +11,10 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
-from ..memory_probe import find_gpus
+from ..memory_probe import find_gpus, foretell
 from ..persona import Tokenizer
 from ..settings import Settings
-from ..sizing import GIB, ModelShape, SizingError, cuda_memory_bytes, fit
+from ..sizing import GIB, ModelShape, SizingError
 from .base import BackendDead, Piece, Sampling
 from .rope import yarn
 
@@ -31,27 +31,11 @@ def offload_gib(settings: Settings) -> float:
     gpus, _ = find_gpus()
     if not gpus:
         return 0
-    always = settings.cpu_offload == "always"
     try:
-        shape = ModelShape.from_config(settings.checkpoint)
+        found = foretell(settings, ModelShape.from_config(settings.checkpoint), gpus)
     except SizingError as error:
         log.warning("what must be offloaded is not known: %s", error)
-        return settings.cpu_offload_gb if always else 0
-    found = fit(
-        shape,
-        device_memory_bytes=cuda_memory_bytes(min(gpu.total_mib for gpu in gpus)),
-        devices=len(gpus),
-        tensor_parallel_size=settings.tensor_parallel_size,
-        max_model_len=settings.max_model_len,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        dtype=settings.dtype,
-        enforce_eager=settings.enforce_eager,
-        cpu_offload_gb=settings.cpu_offload_gb,
-        cpu_offload_always=always,
-        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
-    )
+        return settings.cpu_offload_gb if settings.cpu_offload == "always" else 0
     for problem in found.problems:  # foretold; whether it is so, the engine finds out
         log.warning("%s", problem.sentence)
     return found.offload_bytes / GIB
