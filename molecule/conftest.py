@@ -21,7 +21,7 @@ def _host(name: str) -> Host:
     """Over ssh, multiplexed: quicker than an Ansible run for each command, and what the inventory says about it is resolved already."""
     instances = yaml.safe_load(Path(os.environ["MOLECULE_INSTANCE_CONFIG"]).read_text())
     at = next(instance for instance in instances if instance["instance"] == name)
-    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ConnectTimeout=60"
     return testinfra.get_host(f"ssh://{at['user']}@{at['address']}", ssh_identity_file=at["identity_file"], ssh_extra_args=options)
 
 
