@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import httpx
 import openai
@@ -45,3 +47,12 @@ def test_no_setting_reaches_vllm_and_no_prompt_the_log(service: Running) -> None
     assert QUESTION not in log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"time"')]
     assert any(line["message"] == "request" and line["path"] == "/chat" and line["completion_tokens"] > 0 for line in lines)
+
+
+def test_vllms_processes_load_the_plugin_by_which_they_sleep_while_they_wait() -> None:
+    program = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins(); "
+        "from vllm.distributed.device_communicators import shm_broadcast; print(shm_broadcast.sched_yield.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1:] == ["qwen_coder_service.backends.vllm_plugin"], done.stderr
