@@ -105,8 +105,9 @@ def ours(settings: Settings, port: int, work: Path) -> tuple[list[str], dict[str
 
 
 def theirs(settings: Settings, port: int, work: Path) -> tuple[list[str], dict[str, str]]:
-    """``vllm serve``."""
+    """``vllm serve`` as it comes: the plugin that the service brings for vLLM's processes is the service's own."""
     command, environment = vllm_command(work)
+    environment["VLLM_PLUGINS"] = ""
     command += ["serve", str(settings.model), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len), "--enforce-eager"]
     command += ["--max-num-seqs", str(settings.max_num_seqs), "--max-num-batched-tokens", str(settings.max_batch_tokens)]
