@@ -41,6 +41,9 @@ LEAST_CONTEXT_BYTES = 400 * MIB
 """The part of it that is there before anything is loaded, measured on a bare card (Sandermage/genesis-vllm-patches#24). vLLM takes its
 share of the whole card and starts only if that much is still free."""
 
+LEAST_COMMUNICATION_BYTES = 544 * MIB
+"""The same with tensor parallelism: what NCCL took for one group of two A100 with NVLink (NVIDIA/nccl#964)."""
+
 RUNTIME_BYTES = 256 * MIB
 """The part of it that vLLM counts against its share: what grows after the snapshot that it takes once context and NCCL stand
 (gpu_worker.py). 0.05 to 0.23 GiB in logs of single GPUs (non_torch_memory, vLLM 0.7 and 0.8)."""
@@ -632,9 +635,11 @@ def fit(
     budget = min(int(cpu_offload_gb * GIB), need.offloadable_bytes)
     offload = budget if cpu_offload_always else min(here.offload_needed(), budget)
 
-    most = math.floor((device_memory_bytes - LEAST_CONTEXT_BYTES) / device_memory_bytes * 100) / 100
+    outside = LEAST_CONTEXT_BYTES + (size > 1) * LEAST_COMMUNICATION_BYTES
+    most = math.floor((device_memory_bytes - outside) / device_memory_bytes * 100) / 100
     if device == "cuda" and asked is None and gpu_memory_utilization > most:
         left = f"which leaves {_gib(device_memory_bytes - here.share)} of {_gib(device_memory_bytes)} for the CUDA context"
+        left += " and communication" * (size > 1)
         problems.append(_problem("VLLM_GPU_MEMORY_UTILIZATION", gpu_memory_utilization, left, f"{most:g}"))
     if asked is not None and here.slack_of_headroom(here.useful(), offload) >= 0 and here.fixed(offload) + asked > device_memory_bytes:
         working = max(0, device_memory_bytes - here.fixed(offload)) // MIB * MIB

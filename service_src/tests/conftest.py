@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from qwen_coder_service import tiny_model
 from qwen_coder_service.app import create_app
@@ -28,19 +29,11 @@ from qwen_coder_service.settings import load
 
 MAX_MODEL_LEN = 16384
 
-# the config.json of Qwen2.5-Coder-32B-Instruct, as far as it is read
+# the config.json of Qwen2.5-Coder-32B-Instruct, as far as it is read: the catalogue's
+CATALOGUE = Path(__file__).resolve().parents[2] / "roles/qwen/vars/main/models.yml"
 QWEN_32B: dict[str, Any] = {
+    **yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))["__qwen_models"]["Qwen/Qwen2.5-Coder-32B-Instruct"]["config"],
     "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 27648,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
     "torch_dtype": "bfloat16",
 }
 

@@ -184,6 +184,13 @@ def test_a_cpu_has_no_context_no_graphs_and_larger_blocks() -> None:
             ],
         ),
         (
+            lambda: dual(gpu_memory_utilization=0.99),
+            [
+                "VLLM_GPU_MEMORY_UTILIZATION is '0.99', which leaves 0.8 GiB of 79.2 GiB for the CUDA context and communication; "
+                "set it to 0.98.",
+            ],
+        ),
+        (
             lambda: single(device_memory_bytes=L40S, devices=4),
             [
                 "VLLM_TENSOR_PARALLEL_SIZE is '1', and a device of 44.4 GiB does not hold 61.0 GiB of weights and a sequence of "

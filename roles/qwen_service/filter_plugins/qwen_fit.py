@@ -72,7 +72,9 @@ def _origin(value: Any) -> str:
     return f"{path}:{tag.line_num}" if tag.line_num else str(path)
 
 
-def qwen_service_origins(values: Mapping[str, Any], inventory: Mapping[str, Any], tier: str, extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+def qwen_service_origins(
+    values: Mapping[str, Any], inventory: Mapping[str, Any], tier: str, extra: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Say for each setting of a host what it is and where that was said.
 
     Args:
@@ -195,24 +197,24 @@ def _memory(host: str, sizing: ModuleType, numbers: Mapping[str, Any], memory: i
 def _disk(host: str, values: Mapping[str, Any], seen: Mapping[str, Any], weights: int, release: int) -> list[str]:
     """Whether weights and a release find room; what is there already is not counted again."""
     root, model = seen["root"], seen["model"]
-    needs: dict[str, list[tuple[str, int, str]]] = {}
+    needs = []
     if not model["config"] and weights:
-        missing = max(0, weights - model["bytes"])
-        needs.setdefault(model["mount"], []).append(("the weights", missing, "qwen_service_model_dir"))
+        needs.append((model, "qwen_service_model_dir", "the weights", "need", max(0, weights - model["bytes"])))
     if values["qwen_service_profile"] not in seen["profiles"]:
-        needs.setdefault(root["mount"], []).append(("a release", release, "qwen_service_root"))
+        needs.append((root, "qwen_service_root", "a release", "needs", release))
     problems = []
-    for mount, entries in needs.items():
-        free = model["free_bytes"] if mount == model["mount"] else root["free_bytes"]
-        wanted = sum(size for _, size, _ in entries)
-        if wanted > free:
-            variable = entries[-1][2]
-            what = " and ".join(f"{name} ({_gb(size)})" for name, size, _ in entries)
-            problems.append(
-                f"{host}: {variable} is '{values[variable]}', whose filesystem {mount} has {_gb(free)} free, and {what} need"
-                f"{'s' * (len(entries) == 1 and entries[0][0] != 'the weights')} {_gb(wanted)}; free {_gb(wanted - free)} there, or set it to "
-                "a directory with more room."
-            )
+    for mount in dict.fromkeys(place["mount"] for place, *_ in needs):
+        here = [entry for entry in needs if entry[0]["mount"] == mount]
+        free, wanted = here[-1][0]["free_bytes"], sum(size for *_, size in here)
+        if wanted <= free:
+            continue
+        _, variable, what, verb, _ = here[-1]
+        if len(here) > 1:
+            what, verb = " and ".join(f"{name} ({_gb(size)})" for _, _, name, _, size in here), "need"
+        problems.append(
+            f"{host}: {variable} is '{values[variable]}', whose filesystem {mount} has {_gb(free)} free, and {what} {verb} {_gb(wanted)}; "
+            f"free {_gb(wanted - free)} there, or set it to a directory with more room."
+        )
     return problems
 
 
@@ -261,7 +263,9 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
                 result["figures"] = figures
                 problems += found
             elif profile["driver"]:
-                result["notices"].append(f"{host}: its GPUs cannot be seen before the driver is installed, so whether the model fits is not known.")
+                result["notices"].append(
+                    f"{host}: its GPUs cannot be seen before the driver is installed, so whether the model fits is not known."
+                )
     problems += _disk(host, values, capacity, weights, profile["release_gb"] * GB)
     return result
 
@@ -271,8 +275,8 @@ def _length(host: str, numbers: Mapping[str, Any], shape: Any) -> list[str]:
     if length <= most:
         return []
     return [
-        f"{host}: qwen_service_max_model_len is '{length}', more than {YARN_FACTOR} times the checkpoint's own {shape.native_length} tokens; "
-        f"set it to at most {most}."
+        f"{host}: qwen_service_max_model_len is '{length}', more than {YARN_FACTOR} times the checkpoint's own {shape.native_length} "
+        f"tokens; set it to at most {most}."
     ]
 
 
@@ -289,9 +293,8 @@ def _gpu_memory(
     for problem in fit.problems:
         sentence = problem.sentence.replace(problem.setting, words["variables"][problem.setting], 1)
         problems.append(f"{host}: {sentence}")
-    if problems and (tiers := _tiers_that_fit(sizing, seen["cuda"], words)):
-        if words["tier"] not in tiers:
-            problems[-1] = problems[-1].removesuffix(".") + f", or qwen_gpu_tier to {' or '.join(tiers)}."
+    if problems and (tiers := _tiers_that_fit(sizing, seen["cuda"], words)) and words["tier"] not in tiers:
+        problems[-1] = problems[-1].removesuffix(".") + f", or qwen_gpu_tier to {' or '.join(tiers)}."
     return fit.figures(), problems
 
 
@@ -300,4 +303,8 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Names under which templates find them."""
-        return {"qwen_service_fit": qwen_service_fit, "qwen_service_origins": qwen_service_origins, "qwen_service_lines": qwen_service_lines}
+        return {
+            "qwen_service_fit": qwen_service_fit,
+            "qwen_service_origins": qwen_service_origins,
+            "qwen_service_lines": qwen_service_lines,
+        }
