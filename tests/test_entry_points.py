@@ -31,7 +31,8 @@ def test_install_runs_the_site_for_one_host() -> None:
         (
             ["-i", "inventories/none", "node1"],
             1,
-            "error: INVENTORY is 'inventories/none', which does not exist; set it to a folder of inventories/, for example inventories/lab.",
+            "error: INVENTORY is 'inventories/none', which does not exist; "
+            "set it to a folder of inventories/, for example inventories/lab.",
         ),
         (
             ["-i", "inventories/example", "gw1"],

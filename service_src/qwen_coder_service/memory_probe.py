@@ -51,7 +51,7 @@ class ProbeError(RuntimeError):
 
 
 def find_gpus() -> tuple[list[Gpu], str]:
-    """Ask nvidia-smi. Where there are no GPUs, one sentence says how that is known; else it is empty."""
+    """Ask nvidia-smi for the GPUs that CUDA_VISIBLE_DEVICES leaves. Where there are none, one sentence says how that is known."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return [], "No GPU was found: there is no nvidia-smi on this host's PATH."
@@ -69,7 +69,16 @@ def find_gpus() -> tuple[list[Gpu], str]:
             gpus.append(Gpu(int(index), ", ".join(name), float(total), float(free)))
         except ValueError:
             return [], f"No GPU was found: nvidia-smi says '{line}', which is not an index, a name and two sizes in MiB."
-    return gpus, "" if gpus else "No GPU was found: nvidia-smi lists none."
+    if not gpus:
+        return [], "No GPU was found: nvidia-smi lists none."
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return gpus, ""
+    try:
+        return [next(gpu for gpu in gpus if gpu.index == int(word)) for word in visible.split(",")], ""
+    except (ValueError, StopIteration):
+        there = ", ".join(str(gpu.index) for gpu in gpus)
+        return [], f"No GPU was found: CUDA_VISIBLE_DEVICES is '{visible}', and nvidia-smi lists {there}; set it to some of these."
 
 
 def _wanted(settings: Settings) -> dict[str, Any]:
@@ -158,6 +167,8 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     """The service's settings as they are on this host, with the options over them."""
     file = options.env_file or (ENV_FILE if "QWEN_MODEL_PATH" not in os.environ and not options.model_path and ENV_FILE.exists() else None)
     values = read_env_file(file) if file else dict(os.environ)
+    # the GPUs that the service uses are those to look at
+    os.environ.update({name: value for name, value in values.items() if name in ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")})
     given = {
         "QWEN_MODEL_PATH": options.model_path,
         "QWEN_DTYPE": options.dtype,

@@ -27,7 +27,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """Put a command of that name on an otherwise empty PATH; it answers to one question only."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("QWEN_MODEL_PATH", "QWEN_MODEL_VARIANT"):
+    for name in ("QWEN_MODEL_PATH", "QWEN_MODEL_VARIANT", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(memory_probe, "ENV_FILE", tmp_path / "none.env")
@@ -91,6 +91,35 @@ def test_an_nvidia_smi_that_knows_no_gpu_is_quoted(
     nvidia_smi(answer, status)
     exit_status, report = probe(*DUAL)
     assert (exit_status, report["sentences"]) == (0, [sentence])
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "sentence"),
+    [
+        ("1", [1], ""),
+        ("1,0", [1, 0], ""),
+        ("2", [], "No GPU was found: CUDA_VISIBLE_DEVICES is '2', and nvidia-smi lists 0, 1; set it to some of these."),
+        ("GPU-6b2f", [], "No GPU was found: CUDA_VISIBLE_DEVICES is 'GPU-6b2f', and nvidia-smi lists 0, 1; set it to some of these."),
+    ],
+)
+def test_only_the_gpus_that_the_service_sees_count(
+    nvidia_smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch, visible: str, gpus: list[int], sentence: str
+) -> None:
+    nvidia_smi(A100S)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found, said = memory_probe.find_gpus()
+    assert ([gpu.index for gpu in found], said) == (gpus, sentence)
+
+
+def test_the_env_files_choice_of_gpus_is_the_probes(
+    folder: Path, nvidia_smi: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvidia_smi(A100S)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # put back by monkeypatch, whatever the probe sets
+    env = tmp_path / "qwen-coder.env"
+    env.write_text(f"QWEN_MODEL_PATH={folder}\nVLLM_MAX_MODEL_LEN=16384\nCUDA_VISIBLE_DEVICES=1\n")
+    assert memory_probe.main(["--env-file", str(env), "--format", "json"]) == 0
+    assert [gpu["index"] for gpu in json.loads(capsys.readouterr().out)["gpus"]] == [1]
 
 
 def test_with_gpus_the_headroom_is_the_exit_status(probe: Probe, nvidia_smi: Callable[..., None]) -> None:
