@@ -48,7 +48,8 @@ def fit(tier: str, gpus: list[int], capacity: dict[str, Any] | None = None, **ch
     values = {f"qwen_service_{key}": value for key, value in WORDS["tiers"][tier].items()}
     values |= {"qwen_service_cpu_offload": "needed", "qwen_service_root": "/opt/q", "qwen_service_model_dir": "/opt/q/models/m"}
     values |= {f"qwen_service_{key}": value for key, value in changed.items()}
-    cuda = {"gpus": [{"index": index, "memory_total_mib": mib} for index, mib in enumerate(gpus)]} if gpus else None
+    found = [{"index": index, "memory_total_mib": mib} for index, mib in enumerate(gpus)]
+    cuda = {"gpus": found, "lost": [], "on_bus": len(gpus)} if gpus else None
     used = list(range(len(gpus)))[: WORDS["tiers"][tier]["tensor_parallel_size"]]
     seen = {"capacity": capacity or ROOMY, "cuda": cuda, "gpus": used}
     return FIT.qwen_service_fit(values, "node1", seen, {**WORDS, "tier": tier})
@@ -242,7 +243,7 @@ def test_what_is_on_the_host_needs_no_more_room() -> None:
 def test_without_a_driver_nothing_is_said_about_gpus_but_that() -> None:
     verdict = fit("dual-80gb", [])
     assert (verdict["figures"], verdict["problems"]) == (None, [])
-    assert verdict["notices"] == ["node1: its GPUs cannot be seen before the driver is installed, so whether the model fits is not known."]
+    assert verdict["notices"] == ["The GPUs cannot be seen before the driver is installed, so whether the model fits is not known."]
 
 
 def test_headroom_and_utilisation_are_two_figures() -> None:

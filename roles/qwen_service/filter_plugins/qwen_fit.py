@@ -258,14 +258,14 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
         if shape is not None:
             weights = shape.weights_bytes(values["qwen_service_dtype"])
             problems += _length(host, numbers, shape)
-            if profile["driver"] and cuda:
+            if cuda and (cuda["lost"] or cuda["on_bus"] > len(cuda["gpus"])):
+                pass  # a host that lacks GPUs it has is to be mended, not declared smaller: role cuda says so
+            elif profile["driver"] and cuda:
                 figures, found = _gpu_memory(host, sizing, shape, values, numbers, seen, words)
                 result["figures"] = figures
                 problems += found
             elif profile["driver"]:
-                result["notices"].append(
-                    f"{host}: its GPUs cannot be seen before the driver is installed, so whether the model fits is not known."
-                )
+                result["notices"].append("The GPUs cannot be seen before the driver is installed, so whether the model fits is not known.")
     problems += _disk(host, values, capacity, weights, profile["release_gb"] * GB)
     return result
 
