@@ -46,7 +46,12 @@ ROOMY: dict[str, Any] = {
 def fit(tier: str, gpus: list[int], capacity: dict[str, Any] | None = None, **changed: Any) -> Any:
     """The verdict on node1 of a tier, with GPUs of so many MiB each, and what is said otherwise for it."""
     values = {f"qwen_service_{key}": value for key, value in WORDS["tiers"][tier].items()}
-    values |= {"qwen_service_cpu_offload": "needed", "qwen_service_root": "/opt/q", "qwen_service_model_dir": "/opt/q/models/m"}
+    values |= {
+        "qwen_service_model_source": "hub",
+        "qwen_service_cpu_offload": "needed",
+        "qwen_service_root": "/opt/q",
+        "qwen_service_model_dir": "/opt/q/models/m",
+    }
     values |= {f"qwen_service_{key}": value for key, value in changed.items()}
     found = [{"index": index, "memory_total_mib": mib} for index, mib in enumerate(gpus)]
     cuda = {"gpus": found, "lost": [], "on_bus": len(gpus)} if gpus else None
@@ -74,7 +79,7 @@ def test_every_tier_fits_the_gpus_that_it_is_named_for(tier: str, gpus: list[int
 
 
 def test_the_lab_needs_no_gpu() -> None:
-    assert fit("cpu-lab", []) == {"figures": None, "problems": [], "notices": []}
+    assert fit("cpu-lab", [], model_source="tiny") == {"figures": None, "problems": [], "notices": []}
 
 
 def small(**changed: Any) -> dict[str, Any]:
@@ -188,6 +193,13 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
         [
             "node1: qwen_service_root is '/opt/q', whose filesystem / has 5.0 GB free, and a release needs 20.0 GB; "
             "free 15.0 GB there, or set it to a directory with more room.",
+        ],
+    ),
+    "weights that are not there": (
+        lambda: fit("dual-80gb", DUAL, model_source="directory"),
+        [
+            "node1: qwen_service_model_dir is '/opt/q/models/m', which holds no config.json; put the files of "
+            "Qwen/Qwen2.5-Coder-32B-Instruct there, or set qwen_service_model_dir to the directory that holds them.",
         ],
     ),
     "a model that nobody described": (

@@ -1,7 +1,10 @@
 """Role qwen_service: the real engine on a host, as systemd runs it."""
 
 import json
+import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +161,13 @@ def test_ends_are_counted_over_restarts(node):
     metrics = node.check_output("curl -fsS http://127.0.0.1:9090/metrics")
     assert 'qwen_engine_ends_total{reason="died"} 1.0' in metrics
     assert 'qwen_engine_ends_total{reason="stalled"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("path", [f"{ROOT}/qwen-coder.env", "/etc/systemd/system/qwen-coder.service"])
+def test_the_dry_run_on_the_fresh_host_showed_what_was_then_written(node, path):
+    """The first run of ansible-playbook in the log is the dry run: what its diff adds is the file, whole."""
+    log = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "ansible.log").read_text()
+    dry_run = log.split("PLAY RECAP")[0]
+    diff = re.search(rf"^\+\+\+ after: \S+{Path(path).name}(?:\.j2)?$\n@@ .*@@\n((?:\+.*\n)+)", dry_run, re.MULTILINE)
+    assert diff, dry_run[-3000:]
+    assert [line[1:] for line in diff.group(1).splitlines()] == node.file(path).content_string.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 import subprocess
 import threading
@@ -178,3 +179,41 @@ def test_power_cut_of_a_node_costs_no_request_that_had_not_begun(client, on):
 def test_the_node_comes_back_by_itself_after_the_power_cut(client, on):
     wait_until_both_serve(on)
     assert client.post("/chat", json=QUESTION).status_code == 200
+
+
+def site(*options):
+    """The site playbook on the scenario's inventory, as an operator would run it; what it printed, and its recap by host."""
+    inventory = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
+    result = subprocess.run(
+        ["ansible-playbook", "-i", inventory, *options, ROOT / "playbooks/site.yml"],
+        env={**os.environ, "ANSIBLE_NOCOLOR": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)", result.stdout.split("PLAY RECAP")[1], re.MULTILINE)
+    return result.stdout, {host: int(changed) for host, changed in rows}
+
+
+def test_one_value_of_one_host_changes_one_file_and_restarts_one_service(on, tmp_path):
+    """Last, as it leaves node2 with the other value."""
+    wait_until_both_serve(on)
+    more = tmp_path / "more.yml"
+    more.write_text("qwen_nodes: {hosts: {node2: {qwen_service_max_num_seqs: 24}}}\n")
+    hosts = ("gw1", "node1", "node2", "mon1")
+    units = "systemctl show -p Id,InvocationID --value qwen-coder qwen-mtls-proxy qwen-gateway"
+    began = {host: on(host).check_output("date +%s.%N") for host in hosts}
+    before = {host: on(host).check_output(units).split() for host in hosts}
+
+    output, changed = site("-i", more, "--check", "--diff")
+    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 1, "mon1": 0}  # on the control machine, the sizing audit
+    assert re.findall(r"^[-+](?![-+]).*max_num_seqs.*$", output, re.MULTILINE)[-2:] == ["-max_num_seqs=32", "+max_num_seqs=24"]
+
+    _, changed = site("-i", more)
+    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 2, "mon1": 0}  # the file and the restart
+    touched = "find /etc /opt/qwen-coder-service -xdev -type f -newermt @%s -not -path '*/cache/*'"
+    assert {host: on(host).check_output(touched, began[host]).split() for host in hosts} == {
+        "gw1": [], "node1": [], "node2": ["/opt/qwen-coder-service/qwen-coder.env"], "mon1": [],
+    }  # fmt: skip
+    after = {host: on(host).check_output(units).split() for host in hosts}
+    restarted = {host: [unit for unit in after[host] if unit not in before[host]] for host in hosts}
+    assert {host: len(units) for host, units in restarted.items()} == {"gw1": 0, "node1": 0, "node2": 1, "mon1": 0}
+    assert on("node2").check_output("curl -fsS http://127.0.0.1:8080/ready")

@@ -244,7 +244,12 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
     known = words["models"].get(name)
     config = capacity["model"]["config"] or (known or {}).get("config")
     weights = 0
-    if config is None and values["qwen_service_model_source"] != "tiny":
+    if capacity["model"]["config"] is None and values["qwen_service_model_source"] == "directory":
+        problems.append(
+            f"{host}: qwen_service_model_dir is '{values['qwen_service_model_dir']}', which holds no config.json; put the files of {name} "
+            "there, or set qwen_service_model_dir to the directory that holds them."
+        )
+    elif config is None and values["qwen_service_model_source"] != "tiny":
         problems.append(
             f"{host}: qwen_service_model is '{name}', which the catalogue does not know; set it to one of "
             f"{', '.join(sorted(words['models']))}, or describe it in qwen_models_extra."
