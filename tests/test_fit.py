@@ -43,7 +43,7 @@ ROOMY: dict[str, Any] = {
 }
 
 
-def fit(tier: str, gpus: list[int], capacity: dict[str, Any] | None = None, **changed: Any) -> Any:
+def fit(tier: str, gpus: list[int], capacity: dict[str, Any] | None = None, seen: dict[str, Any] | None = None, **changed: Any) -> Any:
     """The verdict on node1 of a tier, with GPUs of so many MiB each, and what is said otherwise for it."""
     values = {f"qwen_service_{key}": value for key, value in WORDS["tiers"][tier].items()}
     values |= {
@@ -56,7 +56,7 @@ def fit(tier: str, gpus: list[int], capacity: dict[str, Any] | None = None, **ch
     found = [{"index": index, "memory_total_mib": mib} for index, mib in enumerate(gpus)]
     cuda = {"gpus": found, "lost": [], "on_bus": len(gpus)} if gpus else None
     used = list(range(len(gpus)))[: WORDS["tiers"][tier]["tensor_parallel_size"]]
-    seen = {"capacity": capacity or ROOMY, "cuda": cuda, "gpus": used}
+    seen = {"capacity": capacity or ROOMY, "cuda": cuda, "gpus": used, **(seen or {})}
     return FIT.qwen_service_fit(values, "node1", seen, {**WORDS, "tier": tier})
 
 
@@ -146,9 +146,10 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
         ],
     ),
     "no number": (
-        lambda: fit("dual-80gb", DUAL, max_num_seqs="many", swap_space=-1, max_model_len=10.5),
+        lambda: fit("dual-80gb", DUAL, max_num_seqs="many", swap_space=-1, max_model_len=10.5, max_batch_tokens=True),
         [
             "node1: qwen_service_max_model_len is '10.5'; set it to a number of tokens, at least 16.",
+            "node1: qwen_service_max_batch_tokens is 'True'; set it to a number of tokens, at least 16.",
             "node1: qwen_service_max_num_seqs is 'many'; set it to a number of requests, 1 or more.",
             "node1: qwen_service_swap_space is '-1'; set it to a number of GiB, 0 or more.",
         ],
@@ -250,6 +251,18 @@ def test_what_is_on_the_host_needs_no_more_room() -> None:
     assert fit("dual-80gb", DUAL, small(free=GB, config=CONFIG, profiles=["cuda12"]))["problems"] == []
     half_fetched = small(free=50 * GB, bytes=40 * GB, profiles=["cuda12"])
     assert fit("dual-80gb", DUAL, half_fetched)["problems"] == []
+
+
+def test_the_smallest_gpu_that_is_used_decides() -> None:
+    assert fit("dual-80gb", [A100, L40S])["problems"] != []
+    assert fit("dual-80gb", [A100, A100, L40S])["problems"] == []
+
+
+def test_a_lost_gpu_is_no_reason_to_declare_the_host_smaller() -> None:
+    """Role cuda says what is to be mended."""
+    values = {"cuda": {"gpus": [{"index": 0, "memory_total_mib": A100}], "lost": ["0000:3B:00.0"], "on_bus": 2}}
+    assert fit("dual-80gb", [A100])["problems"] != []
+    assert fit("dual-80gb", [A100], seen=values)["problems"] == []
 
 
 def test_without_a_driver_nothing_is_said_about_gpus_but_that() -> None:
