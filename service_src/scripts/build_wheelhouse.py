@@ -23,7 +23,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 PACKAGE = "qwen_coder_service"
 # wheels are fetched for the hosts' Python and platform, whatever runs this script
 HOST_PYTHON = "3.11"
-HOST_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (36, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)]
+HOST_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(36, 4, -1)]
 HOST_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 
 
