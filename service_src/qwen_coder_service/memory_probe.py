@@ -118,20 +118,15 @@ def measure(settings: Settings, need: Demand, before: list[Gpu], dummy_weights: 
     Raises:
         ProbeError: vLLM could not load it.
     """
-    import dataclasses
-
     # nobody outside this host is asked or told anything; caches are left to this user's own directories
     local = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", **local})
     import vllm
-    from vllm.engine.arg_utils import EngineArgs
 
     from .backends.vllm import engine_arguments
 
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    release = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-    arguments = engine_arguments(settings, known, {"rope_parameters"} if release >= (0, 30) else {"rope_scaling"})
-    arguments = {name: value for name, value in arguments.items() if name in known and name != "enable_log_requests"}
+    arguments = engine_arguments(settings)
+    del arguments["enable_log_requests"]  # of the asynchronous engine only
     # one sequence, and the block that the engine keeps for itself, in blocks of up to 256 tokens: attention backends choose their own
     spare = 2 * 256 * need.kv_bytes_per_token
     arguments["kv_cache_memory_bytes"] = need.kv_bytes_per_sequence + spare

@@ -125,9 +125,6 @@ def test_ours_leave_the_environment_and_the_engines_own_are_set(environment: dic
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
-KNOWN = {"kv_offloading_size"}
-
-
 def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:
     found = load(
         environment
@@ -139,27 +136,19 @@ def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:
             "swap_space": "4",
         }
     )
-    arguments = engine_arguments(found, KNOWN, {"rope_parameters"})
+    arguments = engine_arguments(found)
     assert arguments["tensor_parallel_size"] == 2
     assert arguments["max_model_len"] == 1024
     assert arguments["max_num_batched_tokens"] == 4096
     assert arguments["max_num_seqs"] == 16
     assert arguments["kv_offloading_size"] == 4
-    assert "swap_space" not in arguments
     assert "hf_overrides" not in arguments
-
-
-def test_before_the_successor_swap_space_keeps_its_name(environment: dict[str, str]) -> None:
-    assert engine_arguments(load(environment | {"swap_space": "4"}), set(), {"rope_scaling"})["swap_space"] == 4
 
 
 def test_more_tokens_than_native_bring_yarn(environment: dict[str, str]) -> None:
     found = load(environment | {"VLLM_MAX_MODEL_LEN": "8192"})
-    new = engine_arguments(found, KNOWN, {"rope_parameters"})["hf_overrides"]
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
-    assert new == {"max_position_embeddings": 8192, "rope_parameters": scaling | {"rope_theta": 1000000.0}}
-    old = engine_arguments(found, KNOWN, {"rope_scaling"})["hf_overrides"]
-    assert old == {"max_position_embeddings": 8192, "rope_scaling": scaling}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "rope_theta": 1000000.0}
+    assert engine_arguments(found)["hf_overrides"] == {"max_position_embeddings": 8192, "rope_parameters": scaling}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +174,7 @@ def test_the_engine_gets_the_part_of_the_offload_budget_that_it_needs(
         assert found == 0
     else:
         assert found == pytest.approx(given, abs=1.0)
-    arguments = engine_arguments(load(environment | awq | settings_more), KNOWN, {"rope_parameters"}, found)
+    arguments = engine_arguments(load(environment | awq | settings_more), found)
     assert arguments.get("cpu_offload_gb", 0) == found
 
 

@@ -145,7 +145,7 @@ class Network:
             # a core is the server's, as vLLM leaves it one: threads that wait for each other are slow where one has to share
             torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         config = transformers.AutoConfig.from_pretrained(settings.model_path)
-        config.update(yarn(settings, {"rope_parameters" if int(transformers.__version__.split(".")[0]) >= 5 else "rope_scaling"}))
+        config.update(yarn(settings))
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError("QWEN_BACKEND is 'transformers', which serves models with full attention only; set it to vllm.")
         self.max_model_len: int = settings.max_model_len or config.max_position_embeddings

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import dataclasses
 import logging
 import multiprocessing
 import time
@@ -41,13 +39,11 @@ def offload_gib(settings: Settings) -> float:
     return found.offload_bytes / GIB
 
 
-def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str], offload: float = 0) -> dict[str, Any]:
+def engine_arguments(settings: Settings, offload: float = 0) -> dict[str, Any]:
     """Our settings in vLLM's words.
 
     Args:
         settings: the service's.
-        known: names of the arguments that this vLLM has.
-        rope_keys: how this vLLM's configurations name rope scaling.
         offload: GiB of weights, for each GPU, to keep in host memory.
     """
     arguments: dict[str, Any] = {
@@ -62,7 +58,7 @@ def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str], o
         "enforce_eager": settings.enforce_eager,
         "enable_log_requests": False,
     }
-    if overrides := yarn(settings, rope_keys):
+    if overrides := yarn(settings):
         arguments["hf_overrides"] = overrides
     if settings.otlp_traces_endpoint:
         arguments["otlp_traces_endpoint"] = settings.otlp_traces_endpoint
@@ -71,9 +67,8 @@ def engine_arguments(settings: Settings, known: set[str], rope_keys: set[str], o
     if settings.kv_cache_memory_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
     if settings.swap_space:
-        # swap_space went away in vLLM 0.18; offloaded KV cache is what took its place
-        name = "kv_offloading_size" if "kv_offloading_size" in known else "swap_space"
-        arguments[name] = settings.swap_space
+        # vLLM's own swap_space went away in 0.18; offloaded KV cache is what took its place
+        arguments["kv_offloading_size"] = settings.swap_space
     return arguments
 
 
@@ -91,7 +86,7 @@ class VllmBackend:
     async def start(self) -> None:
         """Load the model. Blocks the loop until the engine core is up: nothing else is to be done before that."""
         # imported here: an engine core that is spawned imports this process's main module again
-        import vllm
+        from vllm import envs
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -112,16 +107,11 @@ class VllmBackend:
 
             def log_engine_initialized(self) -> None: ...
 
-        known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-        release = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-        rope_keys = {"rope_parameters"} if release >= (0, 30) else {"rope_scaling"}
-        arguments = AsyncEngineArgs(**engine_arguments(self._settings, known, rope_keys, offload_gib(self._settings)))
+        arguments = AsyncEngineArgs(**engine_arguments(self._settings, offload_gib(self._settings)))
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[Progress])
-        tokenizer = self._engine.get_tokenizer()
-        self.tokenizer = await tokenizer if asyncio.iscoroutine(tokenizer) else tokenizer
+        self.tokenizer = self._engine.get_tokenizer()
         self.max_model_len = int(self._engine.model_config.max_model_len)
-        if hasattr(vllm.envs, "enable_envs_cache"):  # else the environment is read anew for every request
-            vllm.envs.enable_envs_cache()
+        envs.enable_envs_cache()  # else the environment is read anew for every request
         # `vllm serve` applies the model's generation_config by itself, AsyncLLM does not
         self._defaults = dict(self._engine.model_config.get_diff_sampling_param())
 
