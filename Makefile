@@ -46,6 +46,10 @@ wheelhouse: .venv/.complete  ## the wheels of PROFILE=cpu|cuda12|cuda13, to carr
 lock: .venv/.complete  ## make every lock file anew from its .in file
 	@scripts/lock
 
+.PHONY: engine-api
+engine-api: .venv/.complete  ## what each profile's vLLM offers, read from its wheel (after make lock, or after a new use of vLLM)
+	@python service_src/scripts/engine_api.py
+
 .PHONY: docs
 docs: .venv/.complete  ## the role reference, from the argument specifications
 	@python scripts/role_reference.py

@@ -138,7 +138,7 @@ def measure(settings: Settings, need: Demand, before: list[Gpu], dummy_weights: 
     try:
         engine = vllm.LLM(**arguments)
         tokens = max(1, min(settings.max_batch_tokens, need.max_model_len - 2))
-        engine.generate({"prompt_token_ids": [1] * tokens}, vllm.SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+        engine.generate(vllm.TokensPrompt(prompt_token_ids=[1] * tokens), vllm.SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
     except (RuntimeError, ValueError, OSError) as error:
         raise ProbeError(f"The model was not loaded: {' '.join(str(error).split())}") from error
     finally:

@@ -61,6 +61,16 @@ def pip(*arguments: str) -> None:
         )
 
 
+def download(requirements: Path, target: Path) -> None:
+    """Download what a file with hashes names, as hosts need it."""
+    platforms = [word for platform in HOST_PLATFORMS for word in ("--platform", platform)]
+    abis = [word for abi in (f"cp{HOST_PYTHON.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)]
+    pip(
+        "download", "--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "--dest", str(target),
+        "--python-version", HOST_PYTHON, "--implementation", "cp", *abis, *platforms, "--requirement", str(requirements),
+    )  # fmt: skip
+
+
 def fetch(lock: Path, target: Path) -> None:
     """Download every wheel of a lock, checked against its hashes, into a directory that appears only when it is complete."""
     if (target / lock.name).exists():
@@ -68,12 +78,7 @@ def fetch(lock: Path, target: Path) -> None:
     say(f"fetching the wheels of profile {lock.stem} (0.6 GB for cpu, several for cuda; once)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:
-        platforms = [word for platform in HOST_PLATFORMS for word in ("--platform", platform)]
-        abis = [word for abi in (f"cp{HOST_PYTHON.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)]
-        pip(
-            "download", "--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "--dest", work,
-            "--python-version", HOST_PYTHON, "--implementation", "cp", *abis, *platforms, "--requirement", str(lock),
-        )  # fmt: skip
+        download(lock, Path(work))
         shutil.copy(lock, work)
         shutil.rmtree(target, ignore_errors=True)
         Path(work).chmod(0o755)

@@ -90,6 +90,7 @@ class VllmBackend:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
+        from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
         backend = self
 
@@ -99,7 +100,9 @@ class VllmBackend:
             def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
                 self.usage = 0.0
 
-            def record(self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **more: Any) -> None:
+            def record(
+                self, scheduler_stats: SchedulerStats | None, iteration_stats: IterationStats | None, *rest: Any, **more: Any
+            ) -> None:
                 # a step that makes no token may still work through a part of a long prompt, which fills KV cache
                 usage = scheduler_stats.kv_cache_usage if scheduler_stats is not None else self.usage
                 if iteration_stats is not None or usage != self.usage:
@@ -117,9 +120,8 @@ class VllmBackend:
 
     async def stop(self) -> None:
         """Free the engine."""
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            engine.shutdown()
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
 
     @property
     def unfinished(self) -> int:
@@ -177,10 +179,11 @@ class VllmBackend:
         Raises:
             BackendDead: the engine core died meanwhile.
         """
+        from vllm.inputs import tokens_input
+
         self._running.add(request_id)
         # with its type: what is ready for the engine needs no thread to be made so
-        ready = {"type": "token", "prompt_token_ids": prompt}
-        outputs = self._engine.generate(ready, self._parameters(sampling, stream), request_id, trace_headers=trace)
+        outputs = self._engine.generate(tokens_input(prompt), self._parameters(sampling, stream), request_id, trace_headers=trace)
         try:
             with _death("the engine core died"):
                 async for output in outputs:
