@@ -245,64 +245,165 @@ def test_persistence_is_noticed(tmp_path: Path) -> None:
 
 
 REPOSITORY = "https://mirror.example/debian12/x86_64/"
-MADISON = """\
+OFFERS = """\
 nvidia-driver-cuda | 580.82.07-1 | https://mirror.example/debian12/x86_64  Packages
 nvidia-driver-cuda | 580.65.06-1 | https://mirror.example/debian12/x86_64  Packages
 nvidia-driver-cuda | 570.124.06-1 | https://mirror.example/debian12/x86_64  Packages
 nvidia-driver-cuda | 590.44.01-1 | https://elsewhere.example/debian12/x86_64  Packages
 nvidia-kernel-open-dkms | 580.82.07-2 | https://mirror.example/debian12/x86_64  Packages
 nvidia-kernel-open-dkms | 580.65.06-1 | https://mirror.example/debian12/x86_64  Packages
+"""
+KNOWN = """\
+nvidia-driver-cuda | 580.95.05-1 | https://mirror.example/debian12/x86_64  Packages
 linux-headers-6.1.0-40-amd64 | 6.1.153-1 | http://deb.debian.org/debian bookworm/main amd64 Packages
 """
-RELEASE = {
+SEEN = {"problem": "", "key": "a key", "offers": OFFERS, "known": KNOWN, "blind": False}
+HEADERS = "linux-headers-6.1.0-40-amd64"
+ASKED: dict[str, Any] = {
     "host": "node1", "repository": REPOSITORY, "branch": 580, "version": "", "packages": ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"],
-    "others": {"cuda_kernel_headers": "linux-headers-6.1.0-40-amd64"},
+    "others": {"cuda_kernel_headers": HEADERS}, "pinned": False,
 }  # fmt: skip
+DPKG = f"""\
+nvidia-driver-cuda 580.65.06-1 hold installed
+nvidia-kernel-open-dkms 580.65.06-1 hold installed
+libcuda1 580.65.06-1 install installed
+libnvidia-egl-gbm1 1.1.2-1 install installed
+nvidia-settings 535.1-1 deinstall config-files
+{HEADERS} 6.1.153-1 install installed
+"""
+
+
+def release(dpkg: str = "", seen: dict[str, Any] = SEEN, **asked: Any) -> dict[str, Any]:
+    wanted = {**ASKED, **asked}
+    result: dict[str, Any] = CUDA.cuda_release(seen, CUDA.cuda_state(dpkg, wanted), wanted)
+    return result
+
+
+def test_what_is_installed() -> None:
+    assert CUDA.cuda_state(DPKG, ASKED) == {
+        "driver": "580.65.06",
+        "complete": True,
+        "installed": {
+            "nvidia-driver-cuda": "580.65.06-1",
+            "nvidia-kernel-open-dkms": "580.65.06-1",
+            "libcuda1": "580.65.06-1",
+            "libnvidia-egl-gbm1": "1.1.2-1",
+            HEADERS: "6.1.153-1",
+        },
+        "held": ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"],
+        "loose": ["libcuda1"],
+    }
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"branch": 570},
+        {"version": "580.82.07"},
+        {"packages": ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-fabricmanager"]},
+        {"others": {"cuda_toolkit": "cuda-toolkit-12-1"}},
+    ],
+)
+def test_something_is_missing(asked: dict[str, Any]) -> None:
+    assert CUDA.cuda_state(DPKG, {**ASKED, **asked})["complete"] is False
+
+
+def test_nothing_is_asked_for_where_nothing_is_missing() -> None:
+    """The repository was not asked: the task was skipped."""
+    assert release(DPKG, {"skipped": True}) == {"driver": "580.65.06", "packages": [], "key": "", "problems": []}
 
 
 @pytest.mark.parametrize(
     ("version", "driver", "packages"),
     [
-        ("", "580.82.07", ["nvidia-driver-cuda=580.82.07-1", "nvidia-kernel-open-dkms=580.82.07-2", "linux-headers-6.1.0-40-amd64"]),
-        (
-            "580.65.06",
-            "580.65.06",
-            ["nvidia-driver-cuda=580.65.06-1", "nvidia-kernel-open-dkms=580.65.06-1", "linux-headers-6.1.0-40-amd64"],
-        ),
+        ("", "580.82.07", ["nvidia-driver-cuda=580.82.07-1", "nvidia-kernel-open-dkms=580.82.07-2", HEADERS]),
+        ("580.65.06", "580.65.06", ["nvidia-driver-cuda=580.65.06-1", "nvidia-kernel-open-dkms=580.65.06-1", HEADERS]),
     ],
 )
 def test_the_packages_of_a_driver(version: str, driver: str, packages: list[str]) -> None:
-    assert CUDA.cuda_release(MADISON, {**RELEASE, "version": version}) == {"driver": driver, "packages": packages, "problem": ""}
+    assert release(version=version) == {"driver": driver, "packages": packages, "key": "a key", "problems": []}
+
+
+def test_what_is_installed_stays_when_a_part_is_added() -> None:
+    """And not the newest of the branch: the parts have one version."""
+    dpkg = DPKG.replace("nvidia-kernel-open-dkms 580.65.06-1 hold installed\n", "")
+    assert release(dpkg)["packages"][:2] == ["nvidia-driver-cuda=580.65.06-1", "nvidia-kernel-open-dkms=580.65.06-1"]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "sentence"),
+    ("asked", "sentence"),
     [
         (
             {"version": "580.99.99"},
-            f"node1: cuda_driver_version is '580.99.99', which {REPOSITORY} does not have; set it to one of 580.82.07, 580.65.06.",
+            f"cuda_driver_version is '580.99.99', which {REPOSITORY} does not have; set it to one of 580.82.07, 580.65.06.",
         ),
         (
             {"version": "570.124.06"},
-            "node1: cuda_driver_version is '570.124.06', and cuda_driver_branch is 580; set cuda_driver_branch to 570.",
+            "cuda_driver_version is '570.124.06', and cuda_driver_branch is 580; set cuda_driver_branch to 570.",
         ),
-        ({"branch": 590}, f"node1: cuda_driver_branch is 590, which {REPOSITORY} does not have; set it to one of 570, 580."),
+        ({"branch": 590}, f"cuda_driver_branch is 590, which {REPOSITORY} does not have; set it to one of 570, 580."),
         (
             {"branch": 570},
-            f"node1: cuda_driver_branch is 570, and {REPOSITORY} has no nvidia-kernel-open-dkms of 570.124.06; "
-            "set cuda_driver_version to another one.",
+            f"cuda_driver_branch is 570, and {REPOSITORY} has no nvidia-kernel-open-dkms of 570.124.06; "
+            "set cuda_driver_version to another one, or cuda_packages to what it has.",
         ),
         (
             {"repository": "https://empty.example/"},
-            "node1: cuda_repository_url is 'https://empty.example/', which has no package nvidia-driver-cuda; "
+            "cuda_repository_url is 'https://empty.example/', which has no package nvidia-driver-cuda; "
             "set it to a repository of NVIDIA's drivers.",
         ),
         (
             {"others": {"cuda_kernel_headers": "linux-headers-6.1.0-1-amd64"}},
-            "node1: cuda_kernel_headers needs the package linux-headers-6.1.0-1-amd64, which no repository of this host has; "
+            "cuda_kernel_headers asks for the package linux-headers-6.1.0-1-amd64, which no repository of this host has; "
             "set cuda_kernel_headers to one that exists.",
+        ),
+        (
+            {"others": {"cuda_toolkit": "cuda-toolkit-11-0"}},
+            "cuda_toolkit asks for the package cuda-toolkit-11-0, which no repository of this host has; "
+            "set cuda_toolkit to one that exists.",
         ),
     ],
 )
-def test_what_a_repository_lacks(wanted: dict[str, Any], sentence: str) -> None:
-    assert CUDA.cuda_release(MADISON, {**RELEASE, **wanted}) == {"driver": "", "packages": [], "problem": sentence}
+def test_what_a_repository_lacks(asked: dict[str, Any], sentence: str) -> None:
+    assert release(**asked)["problems"] == [f"node1: {sentence}"]
+
+
+def test_a_host_without_lists_of_packages_is_not_asked_for_headers() -> None:
+    seen = {**SEEN, "known": "", "blind": True}
+    assert release(seen=seen)["problems"] == []
+
+
+def test_what_the_repository_module_says_is_passed_on() -> None:
+    assert release(seen={"problem": "the key is wrong.", "key": "", "offers": "", "blind": False})["problems"] == [
+        "node1: the key is wrong."
+    ]
+
+
+HELD = "nvidia-driver-cuda 535.183.06-1 hold installed\nlibcuda1 535.183.06-1 hold installed\n"
+
+
+def test_a_hold_of_somebody_else() -> None:
+    assert release(HELD)["problems"] == [
+        "node1: cuda_driver_branch is 580, and the host holds libcuda1 at 535.183.06-1; "
+        "set cuda_driver_branch to 535, or release it: apt-mark unhold libcuda1 nvidia-driver-cuda."
+    ]
+
+
+def test_the_roles_own_hold_is_none() -> None:
+    assert release(HELD, pinned=True)["problems"] == []
+
+
+def test_what_is_recorded_does_not_change_by_itself(tmp_path: Path) -> None:
+    before = CUDA.cuda_record(see(tmp_path, "4x80-pairs-crossed"), 2)
+    seen = see(tmp_path, "4x80-pairs-crossed")
+    for gpu in seen["gpus"]:
+        gpu["memory_free_mib"] -= 1000
+    assert CUDA.cuda_record(seen, 2) == before
+    assert before["service_gpus"] == [0, 2]
+    assert "raw" not in before
+
+
+def test_an_installed_driver_that_does_not_answer(tmp_path: Path) -> None:
+    assert problems(see(tmp_path, "no-driver"), install=True, installed=True) == [
+        "node1: a driver of branch 580 is installed, and nvidia-smi does not reach the NVIDIA driver; see what dmesg and `dkms status` say."
+    ]

@@ -41,6 +41,8 @@ def _silent(cuda: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
             f"cuda_profile is '{profile}', which needs a GPU, and the PCI bus shows none of NVIDIA's; "
             f"set qwen_gpu_tier to a tier of a profile that needs none ({', '.join(without)})."
         ]
+    if wanted.get("installed"):
+        return [f"a driver of branch {wanted['branch']} is installed, and {why}; see what dmesg and `dkms status` say."]
     if wanted["install"] and cuda["state"] != "hangs":
         return []
     if cuda["state"] in ("no_devices", "hangs"):
@@ -55,7 +57,7 @@ def _silent(cuda: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 def _old(cuda: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """The driver, or the CUDA that it runs, is below a floor."""
-    if wanted["install"]:
+    if wanted["install"] and not wanted.get("installed"):
         return []
     if cuda["branch"] < wanted["driver_floor"]:
         return [
@@ -80,7 +82,8 @@ def _unfit(cuda: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"the driver has lost GPU {' and '.join(cuda['lost'])}; reboot the host or mend it (dmesg names the Xid).")
     elif cuda["on_bus"] > count:
         found.append(
-            f"the PCI bus shows {cuda['on_bus']} of NVIDIA's GPUs, and {_answer(count)}; reboot the host or mend it (dmesg names the reason)."
+            f"the PCI bus shows {cuda['on_bus']} of NVIDIA's GPUs, and {_answer(count)}; "
+            "reboot the host or mend it (dmesg names the reason)."
         )
     # said already, where the declared ones are on the bus or lost
     if wanted["gpu_count"] not in (0, count, max(cuda["on_bus"], count + len(cuda["lost"]))):
@@ -104,7 +107,7 @@ def cuda_problems(cuda: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         cuda: what module ``cuda_facts`` found.
         wanted: ``host``; ``profile``, its ``driver_floor`` (a branch) and ``profiles`` (all names with their floors);
             ``cuda_floor``; ``gpu_count`` (0: not declared); ``require_ecc``; ``install`` (the role may install a
-            driver) and the ``branch`` that it would.
+            driver), the ``branch`` that it would, and ``installed``, whether it has.
 
     Returns:
         One sentence a problem: host, variable, value seen, value to set. Empty when nothing is wrong.
@@ -162,14 +165,11 @@ def cuda_notices(cuda: Mapping[str, Any], size: int) -> list[str]:
     return found
 
 
-def _offers(madison: str, repository: str) -> dict[str, list[str]]:
-    """Versions of each package that a repository has, newest first as apt lists them."""
-    offers: dict[str, list[str]] = {}
-    for line in madison.splitlines():
-        name, version, source = (part.strip() for part in line.split("|"))
-        if source.startswith(repository.rstrip("/")):
-            offers.setdefault(name, []).append(version)
-    return offers
+def cuda_record(cuda: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """What of the findings stays true until somebody changes the host, and the GPUs that a service of ``size`` uses."""
+    stable = {name: value for name, value in cuda.items() if name not in ("state", "why", "raw")}
+    gpus = [{name: value for name, value in gpu.items() if name != "memory_free_mib"} for gpu in cuda["gpus"]]
+    return {**stable, "gpus": gpus, "service_gpus": cuda_gpus_for(cuda, size)}
 
 
 def _upstream(version: str) -> str:
@@ -177,51 +177,118 @@ def _upstream(version: str) -> str:
     return version.rsplit("-", 1)[0]
 
 
-def cuda_release(madison: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the packages of a driver.
+def _fits(driver: str, asked: Mapping[str, Any]) -> bool:
+    """Is it of the branch that is asked for, and the version where one is?"""
+    return driver.split(".")[0] == str(asked["branch"]) and asked["version"] in ("", driver)
+
+
+def cuda_state(dpkg: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a driver is installed.
 
     Args:
-        madison: what ``apt-cache madison`` says of all packages in question.
-        wanted: ``host``, ``repository`` (URL), ``branch``, ``version`` (empty: the newest of the branch), ``packages`` (the first is the
-            one whose version is the driver's), ``others`` (variable -> package that is not of the driver's version).
+        dpkg: lines of name, version, selection and state.
+        asked: see ``cuda_release``.
 
     Returns:
-        ``driver``: its version; ``packages``: names with versions for apt; ``problem``: a sentence where there is none to
-        choose.
+        ``driver``, its version or nothing; ``complete``, whether all that is asked for is there; ``installed``, names
+        with versions; ``held`` and ``loose``, names of packages of the driver that are held and that are not.
     """
-    offers = _offers(madison, wanted["repository"])
-    known = {line.split("|")[0].strip() for line in madison.splitlines()}
-    main, *parts = wanted["packages"]
-    branch, version, repository = str(wanted["branch"]), wanted["version"], wanted["repository"]
+    rows = [line.split() for line in dpkg.splitlines()]
+    installed = {name: version for name, version, _, state in rows if state == "installed"}
+    driver = _upstream(installed.get(asked["packages"][0], ""))
+    parts = [name for name, version in installed.items() if driver and _upstream(version) == driver]
+    others = set(asked["others"].values())
+    held = {name for name, _, selection, _ in rows if selection == "hold"} - others
+    complete = _fits(driver, asked) and set(asked["packages"]) <= set(parts) and others <= set(installed)
+    return {
+        "driver": driver,
+        "complete": complete,
+        "installed": installed,
+        "held": sorted(held & set(installed)),
+        "loose": sorted(set(parts) - held),
+    }
+
+
+def _foreign_hold(state: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """A hold that somebody else put on another version; this role's own came with its pins."""
+    held = [name for name in state["held"] if not _fits(_upstream(state["installed"][name]), asked)]
+    if asked["pinned"] or not held:
+        return []
+    version = state["installed"][held[0]]
+    return [
+        f"cuda_driver_branch is {asked['branch']}, and the host holds {held[0]} at {version}; "
+        f"set cuda_driver_branch to {version.split('.')[0]}, or release it: apt-mark unhold {' '.join(held)}."
+    ]
+
+
+def _choose(offered: str, state: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, list[str], str]:
+    """Version of the driver, packages with their versions, and a sentence where there are none to choose."""
+    offers: dict[str, list[str]] = {}
+    for line in offered.splitlines():
+        name, version, source = (part.strip() for part in line.split("|"))
+        if source.startswith(asked["repository"].rstrip("/")):
+            offers.setdefault(name, []).append(version)
+    main, branch, repository = asked["packages"][0], str(asked["branch"]), asked["repository"]
+    # what is installed stays, where it may
+    version = asked["version"] or (state["driver"] if _fits(state["driver"], asked) else "")
     there = list(dict.fromkeys(map(_upstream, offers.get(main, []))))
     of_branch = [offer for offer in there if offer.split(".")[0] == branch]
-    problem = ""
     if not there:
-        problem = f"cuda_repository_url is '{repository}', which has no package {main}; set it to a repository of NVIDIA's drivers."
-    elif version and version.split(".")[0] != branch:
-        problem = (
-            f"cuda_driver_version is '{version}', and cuda_driver_branch is {branch}; set cuda_driver_branch to {version.split('.')[0]}."
-        )
-    elif not of_branch:
-        branches = sorted({offer.split(".")[0] for offer in there})
-        problem = f"cuda_driver_branch is {branch}, which {repository} does not have; set it to one of {', '.join(branches)}."
-    elif version and version not in of_branch:
-        problem = f"cuda_driver_version is '{version}', which {repository} does not have; set it to one of {', '.join(of_branch)}."
-    driver = version or next(iter(of_branch), "")
+        return "", [], f"cuda_repository_url is '{repository}', which has no package {main}; set it to a repository of NVIDIA's drivers."
+    if version and version.split(".")[0] != branch:
+        said = f"cuda_driver_version is '{version}', and cuda_driver_branch is {branch}"
+        return "", [], f"{said}; set cuda_driver_branch to {version.split('.')[0]}."
+    if not of_branch:
+        branches = ", ".join(sorted({offer.split(".")[0] for offer in there}))
+        return "", [], f"cuda_driver_branch is {branch}, which {repository} does not have; set it to one of {branches}."
+    if version and version not in of_branch:
+        return "", [], f"cuda_driver_version is '{version}', which {repository} does not have; set it to one of {', '.join(of_branch)}."
+    driver = version or of_branch[0]
     packages = []
-    for name in [main, *parts]:
+    for name in asked["packages"]:
         fitting = [offer for offer in offers.get(name, []) if _upstream(offer) == driver]
-        if fitting:
-            packages.append(f"{name}={fitting[0]}")
-        elif not problem:
-            problem = f"cuda_driver_branch is {branch}, and {repository} has no {name} of {driver}; set cuda_driver_version to another one."
-    for variable, name in wanted["others"].items():
-        if name not in known and not problem:
-            problem = f"{variable} needs the package {name}, which no repository of this host has; set {variable} to one that exists."
-        packages.append(name)
-    if problem:
-        return {"driver": "", "packages": [], "problem": f"{wanted['host']}: {problem}"}
-    return {"driver": driver, "packages": packages, "problem": ""}
+        if not fitting:
+            said = f"cuda_driver_branch is {branch}, and {repository} has no {name} of {driver}"
+            return "", [], f"{said}; set cuda_driver_version to another one, or cuda_packages to what it has."
+        packages.append(f"{name}={fitting[0]}")
+    return driver, packages, ""
+
+
+def cuda_release(seen: Mapping[str, Any], state: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the packages of a host's driver.
+
+    Args:
+        seen: what module ``cuda_repository`` found; it was not asked where nothing is missing.
+        state: what ``cuda_state`` says.
+        asked: ``host``, ``repository`` (URL), ``branch``, ``version`` (empty: the newest of the branch), ``packages``
+            (the first is the one whose version is the driver's), ``others`` (variable -> package that is not of the
+            driver's version), ``pinned`` (this role installed a driver before).
+
+    Returns:
+        ``driver``: its version; ``packages``: names with versions for apt, none where nothing is missing; ``key``: the
+        repository's, where it was asked for; ``problems``: a sentence each.
+    """
+    found = _foreign_hold(state, asked)
+    driver: str = state["driver"]
+    packages: list[str] = []
+    if seen.get("problem"):
+        found.append(seen["problem"])
+    elif not state["complete"]:
+        driver, packages, problem = _choose(seen["offers"], state, asked)
+        known = {line.split("|")[0].strip() for line in (seen["offers"] + seen["known"]).splitlines()} | set(state["installed"])
+        lacking = [] if seen["blind"] else [item for item in asked["others"].items() if item[1] not in known]
+        found += [problem] if problem else []
+        found += [
+            f"{variable} asks for the package {name}, which no repository of this host has; set {variable} to one that exists."
+            for variable, name in lacking
+        ]
+        packages += asked["others"].values()
+    return {
+        "driver": driver,
+        "packages": packages,
+        "key": seen.get("key", ""),
+        "problems": [f"{asked['host']}: {sentence}" for sentence in found],
+    }
 
 
 class FilterModule:
@@ -233,5 +300,7 @@ class FilterModule:
             "cuda_problems": cuda_problems,
             "cuda_gpus_for": cuda_gpus_for,
             "cuda_notices": cuda_notices,
+            "cuda_record": cuda_record,
+            "cuda_state": cuda_state,
             "cuda_release": cuda_release,
         }
