@@ -1,10 +1,14 @@
 """What role cuda says of a host's GPUs, to the letter, and which of them it gives to a service."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from plugins import load
+
+from playbooks import ROOT, ansible_playbook
 
 CUDA = load("roles/cuda/filter_plugins/cuda.py")
 FACTS = load("roles/cuda/library/cuda_facts.py")
@@ -406,4 +410,34 @@ def test_what_is_recorded_does_not_change_by_itself(tmp_path: Path) -> None:
 def test_an_installed_driver_that_does_not_answer(tmp_path: Path) -> None:
     assert problems(see(tmp_path, "no-driver"), install=True, installed=True) == [
         "node1: a driver of branch 580 is installed, and nvidia-smi does not reach the NVIDIA driver; see what dmesg and `dkms status` say."
+    ]
+
+
+def test_names_of_packages_fit_distribution_and_branch(tmp_path: Path) -> None:
+    """What roles/cuda/vars says, as a playbook sees it."""
+    playbook = tmp_path / "names.yml"
+    tasks = [
+        {"ansible.builtin.debug": {"msg": f"{file.stem} {branch} {{{{ __cuda_packages | join(' ') }}}} {{{{ __cuda_fabricmanager }}}}"},
+         "vars": {**yaml.safe_load(file.read_text()), "cuda_driver_branch": branch}}
+        for file in sorted(ROOT.glob("roles/cuda/vars/*-*.yml"))
+        for branch in (570, 580, 590)
+    ]  # fmt: skip
+    playbook.write_text(yaml.safe_dump([{"hosts": "localhost", "gather_facts": False, "connection": "local", "tasks": tasks}]))
+    said = re.findall(r'"msg": "(.*)"', ansible_playbook("-i", "localhost,", playbook).stdout)
+    debian = "nvidia-driver-cuda nvidia-kernel-open-dkms nvidia-persistenced"
+    old, new = "libnvidia-compute-{0} nvidia-dkms-{0}-open nvidia-utils-{0}", "libnvidia-compute nvidia-dkms-open nvidia-persistenced"
+    assert said == [
+        f"debian-12 570 {debian} nvidia-fabricmanager-570",
+        f"debian-12 580 {debian} nvidia-fabricmanager",
+        f"debian-12 590 {debian} nvidia-fabricmanager",
+        *[f"debian-13 {branch} {debian} nvidia-fabricmanager" for branch in (570, 580, 590)],
+        *[
+            line
+            for ubuntu in ("ubuntu-22", "ubuntu-24")
+            for line in (
+                f"{ubuntu} 570 {old.format(570)} nvidia-fabricmanager-570",
+                f"{ubuntu} 580 {old.format(580)} nvidia-fabricmanager",
+                f"{ubuntu} 590 {new} nvidia-fabricmanager",
+            )
+        ],
     ]
