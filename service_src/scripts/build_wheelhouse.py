@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Build the wheelhouse from which hosts install a release: every wheel of a runtime profile's lock, and the service's own.
 
-Done once on the control machine; a wheelhouse that is complete is found again by the digest of what went into it. The last line
-on standard output is JSON: the release's id, the wheelhouse and what in it is the lock, the installer and the service.
+Done once on the control machine; a wheelhouse that is complete is found again by the digest of what went into it. With --service-only it
+has no wheels but the service's: hosts then get the others from an index. The last line on standard output is JSON: the release's id, the
+wheelhouse and what in it is the lock, the installer's part of the lock, and the service.
 """
 
 from __future__ import annotations
@@ -25,6 +26,22 @@ PACKAGE = "qwen_coder_service"
 HOST_PYTHON = "3.11"
 HOST_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(36, 4, -1)]
 HOST_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+
+
+class Locked:
+    """A requirement of a lock file: ``name==version`` and its hashes."""
+
+    def __init__(self, lock: Path, name: str) -> None:
+        """Find it.
+
+        Raises:
+            SystemExit: it is not in the lock.
+        """
+        found = re.search(rf"^{re.escape(name)}==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]+)+)", lock.read_text(), re.MULTILINE)
+        if found is None:
+            raise SystemExit(f"{lock} has no line {name}==... with hashes: run make lock")
+        self.name, self.version, self.text = name, found[1], found[0]
+        self.hashes = set(re.findall(r"sha256:([0-9a-f]+)", found[2]))
 
 
 def say(text: str) -> None:
@@ -111,18 +128,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", required=True, choices=sorted(p.stem for p in SOURCE.glob("profiles/*.txt") if p.stem != "test"))
     parser.add_argument("--output", required=True, type=Path, help="directory that holds wheelhouses")
+    parser.add_argument("--service-only", action="store_true", help="no wheels but the service's")
     options = parser.parse_args()
 
     lock = SOURCE / "profiles" / f"{options.profile}.txt"
     lock_digest, source_digest = digest([lock]), digest(service_sources())
-    wheelhouse = options.output.resolve() / f"{options.profile}-{lock_digest[:12]}"
-    fetch(lock, wheelhouse)
+    wheelhouse = options.output.resolve() / f"{options.profile}-{lock_digest[:12]}{'-index' if options.service_only else ''}"
+    if options.service_only:
+        wheelhouse.mkdir(parents=True, exist_ok=True)
+        shutil.copy(lock, wheelhouse)
+    else:
+        fetch(lock, wheelhouse)
+    installer = wheelhouse / "installer.txt"
+    installer.write_text(Locked(lock, "uv").text + "\n")
     wheel = build(wheelhouse / f"service-{source_digest[:12]}")
 
     version = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]["version"]
-    installer = re.search(r"^uv==\S+", lock.read_text(), re.MULTILINE)
-    if installer is None:
-        raise SystemExit(f"{lock} has no line uv==...: add uv to {lock.with_suffix('.in')} and run make lock")
     release = hashlib.sha256((lock_digest + source_digest).encode()).hexdigest()[:12]
     print(
         json.dumps(
@@ -131,7 +152,7 @@ def main() -> None:
                 "profile": options.profile,
                 "wheelhouse": str(wheelhouse),
                 "lock": lock.name,
-                "installer": installer.group(),
+                "installer": installer.name,
                 "service": str(wheel.relative_to(wheelhouse)),
             }
         )

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from build_wheelhouse import Locked
 from engine_stubs import HEADER, UNFOLLOWED, Stubs, Symbol
-from engine_wheel import Locked, open_wheel
+from engine_wheel import open_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "service_src"

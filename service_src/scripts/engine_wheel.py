@@ -10,7 +10,6 @@ import ast
 import hashlib
 import io
 import os
-import re
 import ssl
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import httpx
-from build_wheelhouse import download, say
+from build_wheelhouse import Locked, download, say
 
 BLOCK = 1 << 20
 """Bytes that are asked for at a time."""
@@ -77,22 +76,6 @@ class RemoteFile(io.RawIOBase):
         buffer[: len(part)] = part
         self._position += len(part)
         return len(part)
-
-
-class Locked:
-    """A requirement of a lock file: ``name==version`` and its hashes."""
-
-    def __init__(self, lock: Path, name: str) -> None:
-        """Find it.
-
-        Raises:
-            SystemExit: it is not in the lock.
-        """
-        found = re.search(rf"^{re.escape(name)}==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]+)+)", lock.read_text(), re.MULTILINE)
-        if found is None:
-            raise SystemExit(f"{lock} has no line {name}==... with hashes: run make lock")
-        self.name, self.version, self.text = name, found[1], found[0]
-        self.hashes = set(re.findall(r"sha256:([0-9a-f]+)", found[2]))
 
 
 class Wheel:
