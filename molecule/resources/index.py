@@ -1,4 +1,4 @@
-"""A package index (PEP 503) over a folder of wheels: ``index.py FOLDER PORT``. It wants the user ``u`` with the password ``p4ss-of-the-index``.
+"""A package index (PEP 503) over a folder of wheels: ``index.py FOLDER PORT``. It wants a user and password.
 
 Its path's first part says what is wrong with it: ``/good/simple/``; ``/wrong/simple/``, whose fastapi is not the one that the lock knows;
 ``/missing/simple/``, which has none.
