@@ -231,6 +231,12 @@ def test_which_gpus_a_service_uses(fixture: str, size: int, gpus: list[int], not
     assert CUDA.cuda_notices(seen, size) == [notice]
 
 
+def test_an_operator_chooses_otherwise(tmp_path: Path) -> None:
+    seen = see(tmp_path, "4x80-pairs-crossed")
+    assert CUDA.cuda_notices(seen, 2, [3, 1]) == ["The service uses GPUs 3 and 1, which NVLink joins (NV12); GPUs 0 and 2 stay free."]
+    assert CUDA.cuda_record(seen, 2, [3, 1])["service_gpus"] == [3, 1]
+
+
 def test_a_whole_group_comes_before_a_part_of_a_larger_one(tmp_path: Path) -> None:
     """GPU 0 to 3 are joined each with each, 4 and 5 are a pair: the four stay together for a service that needs four."""
     seen = see(tmp_path, "8x80-nvswitch")

@@ -122,8 +122,13 @@ def cuda_problems(cuda: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     return [f"{wanted['host']}: {sentence}" for sentence in found]
 
 
+def _link(cuda: Mapping[str, Any], one: int, other: int) -> str:
+    link: str = cuda["links"].get(f"{min(one, other)}-{max(one, other)}", "?")
+    return link
+
+
 def _joined(cuda: Mapping[str, Any], gpus: tuple[int, ...]) -> bool:
-    return all(cuda["links"].get(f"{one}-{other}", "").startswith("NV") for one, other in combinations(gpus, 2))
+    return all(_link(cuda, one, other).startswith("NV") for one, other in combinations(gpus, 2))
 
 
 def cuda_gpus_for(cuda: Mapping[str, Any], size: int) -> list[int]:
@@ -140,18 +145,19 @@ def cuda_gpus_for(cuda: Mapping[str, Any], size: int) -> list[int]:
     return list(next(iter([*whole, *linked]), numbers[:size]))
 
 
-def cuda_notices(cuda: Mapping[str, Any], size: int) -> list[str]:
+def cuda_notices(cuda: Mapping[str, Any], size: int, declared: list[int] | None = None) -> list[str]:
     """Say what an operator should know about the GPUs that a service uses, and what no refusal is.
 
     Args:
         cuda: what module ``cuda_facts`` found.
         size: GPUs over which the service splits each layer.
+        declared: numbers of the GPUs that the service uses, where an operator chose them.
     """
-    chosen = cuda_gpus_for(cuda, size)
+    chosen = declared or cuda_gpus_for(cuda, size)
     if not chosen:
         return []
     rest = [gpu["index"] for gpu in cuda["gpus"] if gpu["index"] not in chosen]
-    links = sorted({cuda["links"].get(f"{one}-{other}", "?") for one, other in combinations(chosen, 2)})
+    links = sorted({_link(cuda, one, other) for one, other in combinations(chosen, 2)})
     if not links:
         said = f"The service uses {_numbers(chosen)}"
     elif _joined(cuda, tuple(chosen)):
@@ -165,11 +171,11 @@ def cuda_notices(cuda: Mapping[str, Any], size: int) -> list[str]:
     return found
 
 
-def cuda_record(cuda: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """What of the findings stays true until somebody changes the host, and the GPUs that a service of ``size`` uses."""
+def cuda_record(cuda: Mapping[str, Any], size: int, declared: list[int] | None = None) -> dict[str, Any]:
+    """What of the findings stays true until somebody changes the host, and the GPUs that a service uses; see ``cuda_notices``."""
     stable = {name: value for name, value in cuda.items() if name not in ("state", "why", "raw")}
     gpus = [{name: value for name, value in gpu.items() if name != "memory_free_mib"} for gpu in cuda["gpus"]]
-    return {**stable, "gpus": gpus, "service_gpus": cuda_gpus_for(cuda, size)}
+    return {**stable, "gpus": gpus, "service_gpus": declared or cuda_gpus_for(cuda, size)}
 
 
 def _upstream(version: str) -> str:
