@@ -45,7 +45,9 @@ class Hub:
     cuts: int = -1
     """How often; -1 without end."""
     then: int = 0
-    """Answer to every request for a file after the last cut."""
+    """Answer to every request for a large file after the last cut."""
+    broken: bool = False
+    """Whether that was."""
     slow_s: float = 0.0
     """Seconds between two pieces of a large file."""
     ranges: bool = True
@@ -186,8 +188,8 @@ class Handler(BaseHTTPRequestHandler):
         if head != hub.model or name not in hub.files:
             self._refuse(404, "EntryNotFound", "Entry not found")
             return
-        if hub.always:
-            self._busy(hub.always)
+        if status := hub.always or (hub.broken and name.endswith(LARGE) and hub.then):
+            self._busy(status)
         elif name.endswith(LARGE):
             data = hub.files[name]
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
@@ -224,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
                 piece = part[start : start + (1 << 16)]
                 if cut and start + len(piece) > cut:
                     hub.cuts -= hub.cuts > 0
-                    hub.always = hub.always if hub.cuts else hub.then
+                    hub.broken = not hub.cuts
                     self.wfile.write(piece[: cut - start])
                     self.wfile.flush()
                     self.connection.shutdown(socket.SHUT_RDWR)

@@ -166,7 +166,7 @@ def test_the_next_run_asks_for_the_rest_only(hub: Hub, place: Place) -> None:
     hub.cut_after, hub.cuts, hub.then = 1_200_000, 1, 503
     place.refused(f"{place.url} answers 503 for {LARGE}, 3 times in a row; run this again later.", status=75)
     assert (place.partial / LARGE).stat().st_size == 1_200_000
-    hub.always = 0
+    hub.broken = False
     hub.requests.clear()
     assert place.fetch()[0] == 0
     place.holds(hub)

@@ -77,7 +77,7 @@ def filesystem(path: str) -> dict[str, Any]:
 
 
 def model(path: str) -> dict[str, Any]:
-    """A model's config.json, None where there is none that can be read, and how many bytes are in its directory."""
+    """A model's config.json, None where there is none that can be read, and how many bytes are in its directory or on their way to it."""
     config = None
     directory = Path(path)
     try:
@@ -85,7 +85,8 @@ def model(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
         config = None  # what is wrong with it is said by who needs it
     # blocks, not lengths: what is being fetched has its length before it has its bytes
-    held = sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file()) if directory.is_dir() else 0
+    places = (directory, directory.with_name(directory.name + ".partial"))  # where files gather until all are there
+    held = sum(file.stat().st_blocks * 512 for place in places for file in place.rglob("*") if file.is_file())
     return {**filesystem(path), "config": config if isinstance(config, dict) else None, "bytes": held}
 
 
