@@ -43,19 +43,20 @@ ROOMY: dict[str, Any] = {
 }
 
 
-def fit(tier: str, gpus: list[int], capacity: dict[str, Any] | None = None, seen: dict[str, Any] | None = None, **changed: Any) -> Any:
-    """The verdict on node1 of a tier, with GPUs of so many MiB each, and what is said otherwise for it."""
+def fit(tier: str, devices: list[int], capacity: dict[str, Any] | None = None, seen: dict[str, Any] | None = None, **changed: Any) -> Any:
+    """The verdict on node1 of a tier, with devices of so many MiB each, and what is said otherwise for it."""
     values = {f"qwen_service_{key}": value for key, value in WORDS["tiers"][tier].items()}
     values |= {
         "qwen_service_model_source": "hub",
         "qwen_service_cpu_offload": "needed",
+        "qwen_service_gpus": [],
         "qwen_service_root": "/opt/q",
         "qwen_service_model_dir": "/opt/q/models/m",
     }
     values |= {f"qwen_service_{key}": value for key, value in changed.items()}
-    found = [{"index": index, "memory_total_mib": mib} for index, mib in enumerate(gpus)]
-    cuda = {"gpus": found, "lost": [], "on_bus": len(gpus)} if gpus else None
-    used = list(range(len(gpus)))[: WORDS["tiers"][tier]["tensor_parallel_size"]]
+    found = [{"index": index, "memory_total_mib": mib} for index, mib in enumerate(devices)]
+    cuda = {"gpus": found, "lost": [], "on_bus": len(devices)} if devices else None
+    used = list(range(len(devices)))[: WORDS["tiers"][tier]["tensor_parallel_size"]]
     seen = {"capacity": capacity or ROOMY, "cuda": cuda, "gpus": used, **(seen or {})}
     return FIT.qwen_service_fit(values, "node1", seen, {**WORDS, "tier": tier})
 
@@ -137,6 +138,20 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
         [
             "node1: qwen_service_tensor_parallel_size is '3', which does not divide the model's 40 attention heads; "
             "set it to one of 1, 2, 4, 8.",
+        ],
+    ),
+    "GPUs that the host has not got": (
+        lambda: fit("dual-80gb", [A100] * 4, gpus=[2, 7]),
+        [
+            "node1: qwen_service_gpus is '2, 7'; set it to 2 of the host's GPUs (0, 1, 2, 3; qwen_service_tensor_parallel_size is 2), or "
+            "to [] to have them chosen.",
+        ],
+    ),
+    "fewer GPUs than a layer is split over": (
+        lambda: fit("dual-80gb", [A100] * 4, gpus=[2]),
+        [
+            "node1: qwen_service_gpus is '2'; set it to 2 of the host's GPUs (0, 1, 2, 3; qwen_service_tensor_parallel_size is 2), or to "
+            "[] to have them chosen.",
         ],
     ),
     "longer than the checkpoint stretches": (

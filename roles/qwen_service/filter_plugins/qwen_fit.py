@@ -266,6 +266,7 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
             if cuda and (cuda["lost"] or cuda["on_bus"] > len(cuda["gpus"])):
                 pass  # a host that lacks GPUs it has is to be mended, not declared smaller: role cuda says so
             elif profile["driver"] and cuda:
+                problems += _chosen(host, values["qwen_service_gpus"], numbers["qwen_service_tensor_parallel_size"], cuda)
                 figures, found = _gpu_memory(host, sizing, shape, values, numbers, seen, words)
                 result["figures"] = figures
                 problems += found
@@ -273,6 +274,17 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
                 result["notices"].append("The GPUs cannot be seen before the driver is installed, so whether the model fits is not known.")
     problems += _disk(host, values, capacity, weights, profile["release_gb"] * GB)
     return result
+
+
+def _chosen(host: str, declared: list[int], size: int, cuda: Mapping[str, Any]) -> list[str]:
+    """Whether the GPUs that an operator chose are there, and as many as a layer is split over."""
+    there = [gpu["index"] for gpu in cuda["gpus"]]
+    if not declared or (len(set(declared)) == len(declared) == size and set(declared) <= set(there)):
+        return []
+    return [
+        f"{host}: qwen_service_gpus is '{', '.join(map(str, declared))}'; set it to {size} of the host's GPUs "
+        f"({', '.join(map(str, there))}; qwen_service_tensor_parallel_size is {size}), or to [] to have them chosen."
+    ]
 
 
 def _length(host: str, numbers: Mapping[str, Any], shape: Any) -> list[str]:
