@@ -94,6 +94,15 @@ CASES = {
             "qwen_service_tensor_parallel_size is '3', which does not divide the model's 40 attention heads; set it to one of 1, 2, 4, 8.",
         ),
     ),
+    # a filesystem without room that every machine has
+    "disk": Case(
+        "2x80-nvlink",
+        says={"qwen_service_root": "/proc/qwen", "qwen_service_model_dir": "/proc/qwen/models/m"},
+        refused=(
+            "qwen_service_root is '/proc/qwen', whose filesystem /proc has 0.0 GB free, and the weights (65.5 GB) and a release (20.0 GB) "
+            "need 85.5 GB; free 85.5 GB there, or set it to a directory with more room.",
+        ),
+    ),
     "offload": Case(
         "1x48-l40s",
         "single-48gb-awq",
