@@ -165,9 +165,9 @@ def test_ends_are_counted_over_restarts(node):
 
 @pytest.mark.parametrize("path", [f"{ROOT}/qwen-coder.env", "/etc/systemd/system/qwen-coder.service"])
 def test_the_dry_run_on_the_fresh_host_showed_what_was_then_written(node, path):
-    """The first run of ansible-playbook in the log is the dry run: what its diff adds is the file, whole."""
+    """The first converge in the log is the dry run: what its diff adds is the file, whole."""
     log = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "ansible.log").read_text()
-    dry_run = log.split("PLAY RECAP")[0]
+    dry_run = log.split("PLAY [Converge]")[1].split("PLAY RECAP")[0]
     diff = re.search(rf"^\+\+\+ after: \S+{Path(path).name}(?:\.j2)?$\n@@ .*@@\n((?:\+.*\n)+)", dry_run, re.MULTILINE)
     assert diff, dry_run[-3000:]
     assert [line[1:] for line in diff.group(1).splitlines()] == node.file(path).content_string.splitlines()
