@@ -167,6 +167,7 @@ def test_ends_are_counted_over_restarts(node):
 def test_the_dry_run_on_the_fresh_host_showed_what_was_then_written(node, path):
     """The first converge in the log is the dry run: what its diff adds is the file, whole."""
     log = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "ansible.log").read_text()
+    log = re.sub(r"\x1b\[[0-9;]*m", "", log)
     dry_run = log.split("PLAY [Converge]")[1].split("PLAY RECAP")[0]
     diff = re.search(rf"^\+\+\+ after: \S+{Path(path).name}(?:\.j2)?$\n@@ .*@@\n((?:\+.*\n)+)", dry_run, re.MULTILINE)
     assert diff, dry_run[-3000:]
