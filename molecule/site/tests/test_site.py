@@ -186,7 +186,7 @@ def site(*options):
     inventory = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
     result = subprocess.run(
         ["ansible-playbook", "-i", inventory, *options, ROOT / "playbooks/site.yml"],
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)", result.stdout.split("PLAY RECAP")[1], re.MULTILINE)
