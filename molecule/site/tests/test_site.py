@@ -209,7 +209,7 @@ def test_one_value_of_one_host_changes_one_file_and_restarts_one_service(on, tmp
 
     _, changed = site("-i", more)
     assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 2, "mon1": 0}  # the file and the restart
-    touched = "find /etc /opt/qwen-coder-service -xdev -type f -newermt @%s -not -path '*/cache/*'"
+    touched = "find /etc /opt -xdev -type f -newermt @%s -not -path '*/cache/*'"
     assert {host: on(host).check_output(touched, began[host]).split() for host in hosts} == {
         "gw1": [], "node1": [], "node2": ["/opt/qwen-coder-service/qwen-coder.env"], "mon1": [],
     }  # fmt: skip
