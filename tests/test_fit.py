@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from plugins import load
 
 from playbooks import ROOT
 
@@ -17,15 +16,7 @@ def data(path: str, name: str) -> Any:
     return yaml.safe_load((ROOT / path).read_text())[name]
 
 
-def plugin(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FIT = plugin("roles/qwen_service/filter_plugins/qwen_fit.py")
+FIT: Any = load("roles/qwen_service/filter_plugins/qwen_fit.py")
 WORDS = {
     "source": str(ROOT / "service_src"),
     "variables": data("roles/qwen_service/vars/main.yml", "__qwen_service_variables"),

@@ -5,7 +5,6 @@ All hosts are this machine under other names. One run of the playbook judges all
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -17,15 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
+from plugins import load
 
 from playbooks import ROOT, ansible_playbook
 
 FAKE = ROOT / "molecule/resources/fake_gpu"
-spec = importlib.util.spec_from_file_location("place", FAKE / "place.py")
-assert spec and spec.loader
-place = importlib.util.module_from_spec(spec)
-sys.modules["place"] = place
-spec.loader.exec_module(place)
+place: Any = load("molecule/resources/fake_gpu/place.py")
 
 
 @dataclass
