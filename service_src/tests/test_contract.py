@@ -242,7 +242,7 @@ async def test_clients_that_vanish_take_their_requests_with_them(client: httpx.A
     for task in held:
         task.cancel()
     await asyncio.wait(held)
-    await asyncio.wait_for(late, 2)
+    await asyncio.wait_for(late, 1)
     while metric(backend, "qwen_requests_in_flight"):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)

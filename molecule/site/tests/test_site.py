@@ -7,14 +7,12 @@ import os
 import re
 import ssl
 import subprocess
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from count_lost_requests import Kind, Load
 
 ROOT = Path(__file__).resolve().parents[3]
 QUESTION = {
@@ -96,82 +94,43 @@ def test_a_client_of_another_identity_gets_nothing_from_a_node(on, curl, case, n
     assert curl(on("gw1"), f"https://{node}:8080/health")[1] == 200
 
 
-@dataclass
-class Outcome:
-    """One request as its client saw it."""
+@pytest.fixture(scope="module")
+def load(inventory):
+    """Clients that keep asking through the gateway, by default half of them streaming: ``with load(8) as clients``."""
+    url, ca = f"https://{inventory('gw1', 'ansible_host')}/api/qwen", inventory("gw1", "pki_ca_dir") + "/ca.crt"
+    key = Path(inventory("gw1", "lab_client_key_file")).read_text().strip()
 
-    asked: float
-    ended: float = 0.0
-    complete: bool = False
-    detail: str = ""
+    def clients(number, streaming=0.5):
+        streams = int(number * streaming)
+        return Load(url, key, [Kind(streams, 48), Kind(number - streams, 48, streaming=False)], ca)
 
-
-class Load:
-    """Clients that keep asking through the gateway, half of them streaming, until told to stop."""
-
-    def __init__(self, client: httpx.Client, clients: int) -> None:
-        self.client, self.stop, self.outcomes = client, threading.Event(), []
-        self.pool = ThreadPoolExecutor(clients)
-        self.workers = [self.pool.submit(self.work, index % 2 == 0) for index in range(clients)]
-
-    def work(self, streaming: bool) -> None:
-        while not self.stop.is_set():
-            outcome = Outcome(time.monotonic())
-            self.outcomes.append(outcome)
-            try:
-                self.ask(outcome, streaming)
-            except httpx.HTTPError as error:
-                outcome.detail = repr(error)
-            outcome.ended = time.monotonic()
-            if not outcome.complete:  # a client that was refused does not ask again at once
-                time.sleep(0.1)
-
-    def ask(self, outcome: Outcome, streaming: bool) -> None:
-        body = {**QUESTION, "max_tokens": 48, "stream": streaming, "ignore_eos": True}
-        with self.client.stream("POST", "/chat", json=body) as answer:
-            if answer.status_code != 200:
-                outcome.detail = f"{answer.status_code} {answer.read()!r}"
-                return
-            last = ""
-            for line in answer.iter_lines():
-                last = line or last
-            outcome.complete = last == "data: [DONE]" if streaming else '"finish_reason"' in last
-            outcome.detail = "" if outcome.complete else f"ended with {last!r}"
-
-    def end(self) -> list[Outcome]:
-        self.stop.set()
-        for worker in self.workers:
-            worker.result(timeout=120)
-        self.pool.shutdown()
-        return self.outcomes
+    return clients
 
 
 @pytest.mark.parametrize(("node", "unit"), [("node1", "qwen-coder"), ("node2", "qwen-mtls-proxy")])
-def test_stopping_a_part_of_a_node_costs_no_request(client, on, node, unit):
+def test_stopping_a_part_of_a_node_costs_no_request(load, on, node, unit):
     wait_until_both_serve(on)
-    load = Load(client, 8)
-    time.sleep(3)
-    on(node).check_output(f"systemctl stop {unit}")
-    time.sleep(4)
-    outcomes = load.end()
+    with load(8) as clients:
+        time.sleep(3)
+        on(node).check_output(f"systemctl stop {unit}")
+        time.sleep(4)
     on(node).check_output(f"systemctl start {unit}")
-    assert len(outcomes) > 50
-    assert [o for o in outcomes if not o.complete] == []
+    assert len(clients.outcomes) > 50
+    assert clients.report.lost == []
 
 
-def test_power_cut_of_a_node_costs_no_request_that_had_not_begun(client, on):
+def test_power_cut_of_a_node_costs_no_request_that_had_not_begun(load, on):
     wait_until_both_serve(on)
-    load = Load(client, 8)
-    time.sleep(3)
-    fault("kill", "node2")
-    cut = time.monotonic()
-    time.sleep(8)
-    outcomes = load.end()
+    with load(8) as clients:
+        time.sleep(3)
+        fault("kill", "node2")
+        cut = clients.now
+        time.sleep(8)
     fault("start", "node2")
-    assert len(outcomes) > 50
-    assert [o for o in outcomes if o.asked > cut and not o.complete] == []
+    assert len(clients.outcomes) > 50
+    lost = clients.report.lost
+    assert [o for o in lost if o.asked > cut] == []
     # what the node was answering is lost at most: one request of each client, and its client knows within seconds
-    lost = [o for o in outcomes if not o.complete]
     assert len(lost) <= 8
     assert [o for o in lost if o.ended - cut > 8] == []
 
