@@ -11,7 +11,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Wrong(ValueError):
-    """A value that cannot be used; the message is the middle and the end of a sentence about it."""
+    """A value that cannot be used; the message goes on after the value, and has {variable} where the variable is to be named."""
 
 
 def _resolve(name: str) -> list[str]:
@@ -19,13 +19,13 @@ def _resolve(name: str) -> list[str]:
     try:
         return [str(found[4][0]) for found in socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)]
     except (socket.gaierror, UnicodeError) as error:
-        raise Wrong(f"which is no address and does not resolve on the control machine; set {{variable}} to an address in place of '{name}'") from error
+        raise Wrong(
+            f"which is no address and does not resolve on the control machine; set {{variable}} to an address in place of '{name}'"
+        ) from error
 
 
-def _networks(entry: str, addresses: Mapping[str, list[str]]) -> list[Network]:
-    """The networks for which an entry stands: a network, an address, a host of the inventory, or a name."""
-    if entry in addresses and addresses[entry] != [entry]:
-        return [network for address in addresses[entry] for network in _networks(address, {})]
+def _networks(entry: str) -> list[Network]:
+    """The networks for which an entry stands: a network, an address, or a name."""
     try:
         return [ipaddress.ip_network(entry)]
     except ValueError:
@@ -78,6 +78,14 @@ def _collapse(networks: Iterable[Network]) -> list[tuple[str, list[str]]]:
     return result
 
 
+def _said(entry: str, where: Mapping[str, Any], variable: str) -> list[tuple[str, str, str]]:
+    """Host, variable and value behind an entry: a host of the inventory has addresses of its own."""
+    if entry not in where["addresses"]:
+        return [(where["host"], variable, entry)]
+    address, *others = where["addresses"][entry]
+    return [(entry, "qwen_address", address), *((entry, "qwen_source_addresses", other) for other in others)]
+
+
 def _rules(flow: Mapping[str, Any], where: Mapping[str, Any], found: list[str]) -> list[dict[str, Any]]:
     """A flow's rules, one for each IP version; what is wrong with it goes to ``found``."""
     named = flow["from"] if isinstance(flow["from"], list) else [flow["from"]]
@@ -85,10 +93,11 @@ def _rules(flow: Mapping[str, Any], where: Mapping[str, Any], found: list[str]) 
     for name in map(str, named):
         variable = flow.get("variable") or where["variables"].get(name, "qwen_address")
         for entry in map(str, where["sources"].get(name, [name])):
-            try:
-                networks += _networks(entry, where["addresses"])
-            except Wrong as error:
-                found.append(f"{where['host']}: {variable} has '{entry}', {str(error).format(variable=variable)}.")
+            for host, said, value in _said(entry, where, variable):
+                try:
+                    networks += _networks(value)
+                except Wrong as error:
+                    found.append(f"{host}: {said} has '{value}', {str(error).format(variable=said)}.")
     try:
         ports = _ports(flow["ports"])
     except Wrong as error:
@@ -130,7 +139,9 @@ def firewall_admitted(flows: list[dict[str, Any]], extra: list[dict[str, Any]], 
     for flow in extra:
         missing = [key for key in ("from", "ports") if key not in flow]
         if missing:
-            found.append(f"{where['host']}: firewall_extra_flows has an entry without {' and '.join(missing)}; set {' and '.join(missing)} there.")
+            found.append(
+                f"{where['host']}: firewall_extra_flows has an entry without {' and '.join(missing)}; set {' and '.join(missing)} there."
+            )
             continue
         rules += _rules({**flow, "variable": "firewall_extra_flows"}, where, found)
     return {"rules": rules, "problems": list(dict.fromkeys(found))}
@@ -139,7 +150,7 @@ def firewall_admitted(flows: list[dict[str, Any]], extra: list[dict[str, Any]], 
 def firewall_holds(networks: list[str], address: str) -> bool:
     """Whether an address is in one of these networks, addresses or names."""
     wanted = ipaddress.ip_address(address.partition("%")[0])
-    return any(wanted in network for entry in networks for network in _networks(str(entry), {}))
+    return any(wanted in network for entry in networks for network in _networks(str(entry)))
 
 
 class FilterModule:
