@@ -53,23 +53,34 @@ class Runtime:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def _ask(self, name: str, command: str) -> str:
+    def _once(self, name: str, command: str) -> str:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(10)
+            connection.settimeout(5)
             connection.connect(str(self.directory / name))
             connection.sendall(command.encode() + b"\n")
+            if name == "master.sock":  # the master waits for more, else
+                connection.shutdown(socket.SHUT_WR)
             answer = b""
             while chunk := connection.recv(65536):
                 answer += chunk
         return answer.decode()
 
+    def _ask(self, name: str, command: str) -> str:
+        """The answer to a question. While a worker takes over, a connection may be to the one that no longer listens."""
+        for _ in range(3):
+            try:
+                return self._once(name, command)
+            except TimeoutError:
+                continue
+        return self._once(name, command)
+
     def ask(self, command: str) -> str:
-        """The worker's answer."""
+        """The worker's answer to a question."""
         return self._ask("admin.sock", command)
 
     def tell(self, command: str, done: str = "") -> str:
         """Have the worker do something; an answer without ``done`` (or any, where nothing is expected) is a refusal."""
-        answer = self.ask(command)
+        answer = self._once("admin.sock", command)
         if (done and done not in answer) or (not done and answer.strip()):
             raise Refused(f"{command.splitlines()[0].removesuffix(' <<')}: {' '.join(answer.split())}")
         return answer
@@ -228,7 +239,7 @@ def main() -> None:
                 instance.reload(module.params["seconds"])
             if left := instance.differing():
                 raise Refused(f"the worker still has another {', '.join(map(str, left))} than the file says")
-    except Refused as error:
+    except (Refused, OSError) as error:
         module.fail_json(msg=f"{unit}: {error}")
     module.exit_json(
         changed=bool(swapped or reload_for or differing), running=True,
