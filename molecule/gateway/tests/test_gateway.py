@@ -1,8 +1,11 @@
 """Role gateway: the bridge /api/qwen, its clients, and nodes that come and go."""
 
 import json
+import os
 import socket
 import ssl
+import subprocess
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +15,21 @@ import httpx
 import pytest
 
 
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def client_context(inventory):
+    """Trust in the lab's CA."""
+    return ssl.create_default_context(cafile=inventory("gw1", "pki_ca_dir") + "/ca.crt")
+
+
 @pytest.fixture(scope="module")
 def client(inventory):
     """A kin client on this machine, outside the lab's hosts."""
     key = Path(inventory("gw1", "lab_client_key_file")).read_text().strip()
     with httpx.Client(
         base_url=f"https://{inventory('gw1', 'ansible_host')}",
-        verify=ssl.create_default_context(cafile=inventory("gw1", "pki_ca_dir") + "/ca.crt"),
+        verify=client_context(inventory),
         headers={"Authorization": f"Bearer {key}"},
         timeout=20,
     ) as result:
@@ -279,6 +290,79 @@ def test_a_stream_is_not_buffered(client):
                 times.append(time.monotonic())
     assert len(times) == 5
     assert times[-1] - times[0] > 1.2
+
+
+def role(host, name, tasks, **variables):
+    """Run a role, or one entry point of it, on a host, as a playbook would."""
+    run = subprocess.run(
+        ["ansible", "-i", Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent, host, "-m", "ansible.builtin.include_role",
+         "-a", f"name={name} tasks_from={tasks}", "-e", json.dumps(variables)],
+        env={**os.environ, "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def put(host, path, content):
+    """Write a file of the identity, as role pki would."""
+    host.check_output("umask 077 && printf %s %s > %s", "%s", content, path)
+
+
+def worker(host, instance):
+    """Process id of the present worker."""
+    return host.check_output(f"pgrep -P $(systemctl show -p MainPID --value {instance}) | tail -1")
+
+
+def test_no_request_is_lost_while_keys_certificates_and_cas_change(client, on, inventory):
+    """A stream, and eight clients that keep their connections, across a certificate, a revoked key, and three reloads."""
+    gateway, made = on("gw1"), Path(inventory("gw1", "pki_ca_dir")) / "test"
+    paths = {f"/etc/qwen-pki/{name}": gateway.file(f"/etc/qwen-pki/{name}").content_string for name in ("host.crt", "host.key", "ca.crl")}
+    stop, answers = threading.Event(), []
+
+    def keep_asking():
+        with httpx.Client(base_url=client.base_url, verify=client_context(inventory), headers=client.headers, timeout=30, http2=False) as own:
+            while not stop.is_set():
+                try:
+                    answers.append(own.post("/api/qwen/chat", json={}).status_code)
+                except httpx.HTTPError as error:
+                    answers.append(repr(error))
+                time.sleep(0.02)
+
+    def stream(headers):
+        with client.stream("POST", "/api/qwen/chat", json={"stream": True, "events": 150}, headers=headers) as answer:
+            return len([line for line in answer.iter_lines() if line])
+
+    clients = inventory("gw1", "gateway_clients")
+    with ThreadPoolExecutor(10) as pool:
+        streams = [pool.submit(stream, keyed("narrow")), pool.submit(stream, {})]
+        time.sleep(1)
+        askers = [pool.submit(keep_asking) for _ in range(8)]
+        try:
+            first = worker(gateway, "qwen-gateway")
+            for end in ("crt", "key"):
+                put(gateway, f"/etc/qwen-pki/host.{end}", (made / f"good.{end}").read_text())
+            role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
+            serial = gateway.check_output("openssl x509 -noout -serial -in /etc/qwen-pki/host.crt")
+            shown = "echo | openssl s_client -connect localhost:443 2>/dev/null | openssl x509 -noout -serial"
+            assert gateway.check_output(shown) == serial
+            assert worker(gateway, "qwen-gateway") == first  # nothing but memory changed
+
+            role("gw1", "gateway", "main", gateway_clients=clients)  # without the scenario's own clients
+            assert client.post("/api/qwen/chat", json={}, headers=keyed("narrow")).status_code == 401
+            for name in ("revoked.crl", "empty.crl", "revoked.crl"):
+                before = worker(gateway, "qwen-gateway")
+                put(gateway, "/etc/qwen-pki/ca.crl", (made / name).read_text())
+                role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
+                assert worker(gateway, "qwen-gateway") != before
+            assert [s.result(timeout=90) for s in streams] == [150, 150]
+        finally:
+            stop.set()
+            for asker in askers:
+                asker.result(timeout=60)
+            for path, content in paths.items():
+                put(gateway, path, content)
+            role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
+    assert len(answers) > 500
+    assert {*answers} == {200}
 
 
 def test_a_stopped_service_costs_no_request(client, on):

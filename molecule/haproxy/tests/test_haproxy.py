@@ -47,5 +47,5 @@ def test_unit_is_hardened(on, name):
 
 
 def test_key_is_readable_by_the_proxy_alone(on):
-    key = on("gw1").file("/etc/one/tls/host.pem.key")
+    key = on("gw1").file("/etc/one/tls/host.pem")
     assert (key.user, key.group, key.mode) == ("root", "haproxy", 0o640)
