@@ -73,7 +73,8 @@ def test_revoking_says_what_to_change() -> None:
     [
         (["-i", "inventories/none"], 1, "error: INVENTORY is 'inventories/none', which does not exist; "
          "set it to a folder of inventories/, for example inventories/lab."),
-        (["-i", "inventories/example", "add-client", "a b"], 1, "error: NAME is 'a b'; set it to 1 to 64 letters, digits, '.', '_' or '-'."),
+        (["-i", "inventories/example", "add-client", "a b"], 1,
+         "error: NAME is 'a b'; set it to 1 to 64 letters, digits, '.', '_' or '-'."),
         (["-i", "inventories/example", "add-client", "caretakers"], 1,
          "error: NAME is 'caretakers', which is one of gateway_clients already; set it to another, or revoke it first."),
         (["-i", "inventories/example", "revoke", "nobody"], 1,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-
 from plugins import load
 
 problems: Any = load("roles/gateway/filter_plugins/gateway_clients.py").gateway_client_problems

@@ -18,8 +18,8 @@ case ${1-} in '' | -*) ;; *) verb=$1; shift ;; esac
 
 # the present clients' names, one a line
 clients() {
-  ansible -i "$inventory" 'gateways[0]' -m ansible.builtin. debug -a "msg={{ gateway_clients | map(attribute='name') | join(' ') }}" |
-     sed -n 's/^ *msg: //p' | tr ' ' '\n'
+  ansible -i "$inventory" 'gateways[0]' -m ansible.builtin.debug -a "msg={{ gateway_clients | map(attribute='name') | join(' ') }}" |
+    sed -n 's/^ *msg: //p' | tr ' ' '\n'
 }
 
 name() {

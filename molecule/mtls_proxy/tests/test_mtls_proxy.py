@@ -82,8 +82,27 @@ def test_limits(on, curl, options, status, reason):
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/docs", "/openapi.json", "/metrics", "/invocations", "/pause", "/v1/completions", "/redoc", "/tokenize", "/detokenize", "/pooling", "/v1/embeddings", "/live",
-     "/CHAT", "/chat;x", "/%63hat", "/chat/", "/chat/x", "//chat"],
+    [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/metrics",
+        "/invocations",
+        "/pause",
+        "/v1/completions",
+        "/redoc",
+        "/tokenize",
+        "/detokenize",
+        "/pooling",
+        "/v1/embeddings",
+        "/live",
+        "/CHAT",
+        "/chat;x",
+        "/%63hat",
+        "/chat/",
+        "/chat/x",
+        "//chat",
+    ],
 )
 def test_other_paths_are_not_passed_on(on, curl, path):
     assert curl(on("gw1"), f"{SERVICE}{path}")[1] == 404

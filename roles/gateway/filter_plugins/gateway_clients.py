@@ -27,7 +27,7 @@ def gateway_client_problems(clients: Sequence[Mapping[str, Any]], host: str) -> 
         if not HASH.fullmatch(key):
             found.append(
                 f"{host}: gateway_clients has a key_sha256 of {len(key)} characters for '{name}', which is no SHA-256; "
-                "set it to the 64 lower-case hexadecimal digits that `printf %s \"$KEY\" | sha256sum` gives."
+                'set it to the 64 lower-case hexadecimal digits that `printf %s "$KEY" | sha256sum` gives.'
             )
         elif key in keys:
             found.append(f"{host}: gateway_clients has one key_sha256 for '{keys[key]}' and '{name}'; set one of them to another key's.")

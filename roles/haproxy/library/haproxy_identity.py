@@ -85,7 +85,9 @@ def main() -> None:
             module.fail_json(msg=f"{source / missing[0]} does not exist; run role pki on this host first.")
         contents[name] = assemble(source, parts)
         if problem := check(contents[name], good):
-            module.fail_json(msg=f"{' and '.join(str(source / part) for part in parts)} {wrong} ({problem}); issue this host's identity anew.")
+            module.fail_json(
+                msg=f"{' and '.join(str(source / part) for part in parts)} {wrong} ({problem}); issue this host's identity anew."
+            )
     changed = []
     for name, content in contents.items():
         target = path / name
@@ -95,7 +97,7 @@ def main() -> None:
                 file.write(content)
             module.atomic_move(file.name, str(target))
         attributes = module.load_file_common_arguments({**module.params, "path": str(target)})
-        if different and module.check_mode or module.set_fs_attributes_if_different(attributes, different):
+        if (different and module.check_mode) or module.set_fs_attributes_if_different(attributes, different):
             changed.append(name)
     module.exit_json(changed=bool(changed), files=changed)
 
