@@ -3,6 +3,7 @@
 import argparse
 import sys
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
@@ -20,25 +21,22 @@ CASES = {
     "revoked": ("gw1", NOW - DAY, NOW + DAY),
     # what a swap brings: good, and told from the present one by its serial number
     "good": ("gw1", NOW - DAY, NOW + DAY),
-    # what a node shows
-    "node-expired": ("node1", NOW - 2 * DAY, NOW - DAY),
-    "node-revoked": ("node1", NOW - DAY, NOW + DAY),
-    "node-mallory": ("mallory", NOW - DAY, NOW + DAY),
-    "node-good": ("node1", NOW - DAY, NOW + DAY),
 }
 
 
 def main() -> None:
-    """Write NAME.crt and NAME.key for each case, empty.crl, and revoked.crl, in which the revoked ones stand."""
+    """Write NAME.crt and NAME.key for each case, empty.crl, and revoked.crl, in which the revoked one stands."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ca", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--address", type=ip_address, required=True, help="of gw1, by which clients find it")
     arguments = parser.parse_args()
     ca = x509.load_pem_x509_certificate((arguments.ca / "ca.crt").read_bytes())
     ca_key = serialization.load_pem_private_key((arguments.ca / "ca.key").read_bytes(), sys.stdin.read().strip().encode())
     arguments.output.mkdir(parents=True, exist_ok=True)
     revoked = []
     for name, (common_name, begin, end) in CASES.items():
+        addresses = [x509.IPAddress(arguments.address)] if common_name == "gw1" else []
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
             x509.CertificateBuilder()
@@ -48,7 +46,7 @@ def main() -> None:
             .serial_number(x509.random_serial_number())
             .not_valid_before(begin)
             .not_valid_after(end)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(common_name)]), critical=False)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(common_name), *addresses]), critical=False)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
             .sign(ca_key, hashes.SHA256())
         )
