@@ -332,6 +332,7 @@ def test_no_request_is_lost_while_keys_certificates_and_cas_change(client, on, i
         with client.stream("POST", "/api/qwen/chat", json={"stream": True, "events": 150}, headers=headers) as answer:
             return len([line for line in answer.iter_lines() if line])
 
+    paths["/etc/qwen-gateway/clients.map"] = gateway.file("/etc/qwen-gateway/clients.map").content_string
     clients = inventory("gw1", "gateway_clients")
     with ThreadPoolExecutor(10) as pool:
         streams = [pool.submit(stream, keyed("narrow")), pool.submit(stream, {})]
