@@ -326,7 +326,7 @@ def test_no_request_is_lost_while_keys_certificates_and_cas_change(client, on, i
                     answers.append(own.post("/api/qwen/chat", json={}).status_code)
                 except httpx.HTTPError as error:
                     answers.append(repr(error))
-                time.sleep(0.02)
+                time.sleep(0.25)
 
     def stream(headers):
         with client.stream("POST", "/api/qwen/chat", json={"stream": True, "events": 150}, headers=headers) as answer:
