@@ -18,6 +18,7 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("X-Powered-By", "a test")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
