@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.pki_x509 import MISSING, USAGES, Problem, common_name, moment, pem, revoked, write
 
-try:
+if not MISSING:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    MISSING = ""
-except ImportError as error:
-    MISSING = str(error)
+    from cryptography.x509.oid import NameOID
 
 DOCUMENTATION = r"""
 module: pki_authority
@@ -91,33 +88,14 @@ revoked: {description: Serial numbers that were revoked now, returned: always, t
 
 # clocks of hosts differ a little
 SKEW = timedelta(minutes=5)
+# how long before a CA's end each run says so
+NOTICE = timedelta(days=90)
 ROLES = ("active", "next", "retiring")
-
-
-class Problem(Exception):
-    """What stops, in a sentence."""
 
 
 def now() -> datetime:
     """In whole seconds, as certificates have them."""
     return datetime.now(UTC).replace(microsecond=0)
-
-
-def write(path: Path, data: bytes, mode: int) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
-
-
-def pem(thing: Any) -> bytes:
-    """A certificate, request or revocation list as text."""
-    data: bytes = thing.public_bytes(serialization.Encoding.PEM)
-    return data
 
 
 def general_name(text: str) -> x509.GeneralName:
@@ -130,11 +108,6 @@ def general_name(text: str) -> x509.GeneralName:
     raise Problem(f"pki_subject_alternative_names has '{text}'; set it to names with DNS: or IP: in front.")
 
 
-def common_name(certificate: x509.Certificate) -> str:
-    """Whose certificate it is."""
-    return str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-
-
 def sign(
     key: ec.EllipticCurvePrivateKey,
     issuer: x509.Certificate,
@@ -144,7 +117,6 @@ def sign(
     not_after: datetime,
 ) -> x509.Certificate:
     """A certificate for a host."""
-    usages = {"serverAuth": ExtendedKeyUsageOID.SERVER_AUTH, "clientAuth": ExtendedKeyUsageOID.CLIENT_AUTH}
     subject_key = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return (
         x509.CertificateBuilder()
@@ -156,7 +128,7 @@ def sign(
         .not_valid_after(not_after)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(key_usage("digital_signature"), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usages[usage] for usage in identity["usages"]]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([USAGES[usage] for usage in identity["usages"]]), critical=False)
         .add_extension(x509.SubjectAlternativeName([general_name(name) for name in identity["names"]]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(subject_key), critical=False)
@@ -234,10 +206,10 @@ class Authority:
         if not request.is_signature_valid:
             raise Problem(f"{identity['common_name']}: the host's request is not signed by its own key; run again.")
         # a certificate never outlives its CA
-        not_after = min(now() + timedelta(hours=hours), self.certificate.not_valid_after_utc)
+        not_after = min(now() + timedelta(hours=hours), moment(self.certificate, "not_valid_after"))
         certificate = sign(self.key(), self.certificate, request.public_key(), identity, now() - SKEW, not_after)
         for path, old in self.issued():
-            if old.not_valid_after_utc < now():
+            if moment(old, "not_valid_after") < now():
                 path.unlink(missing_ok=True)
         write(self.path / f"issued/{certificate.serial_number:x}.crt", pem(certificate), 0o644)
         return certificate
@@ -257,10 +229,10 @@ class Authority:
         return [
             certificate.serial_number
             for _, certificate in self.issued()
-            if common_name(certificate) in names
+            if common_name(certificate.subject) in names
             and f"{certificate.serial_number:x}" not in keep
-            and certificate.not_valid_after_utc > now()
-            and self.crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is None
+            and moment(certificate, "not_valid_after") > now()
+            and not revoked(self.crl, certificate)
         ]
 
     def revoke(self, serials: list[int]) -> None:
@@ -281,7 +253,7 @@ def revocation_list(
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.subject)
         .last_update(now() - SKEW)
-        .next_update(issuer.not_valid_after_utc)
+        .next_update(moment(issuer, "not_valid_after"))
         .add_extension(x509.CRLNumber(number), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(subject_key), critical=False)
     )
@@ -363,6 +335,17 @@ class Directory:
         return bundle.decode(), crl.decode(), changed
 
 
+def notices(active: Authority) -> list[str]:
+    """What every run says when the CA's end comes near."""
+    end = moment(active.certificate, "not_valid_after")
+    if end > now() + NOTICE:
+        return []
+    return [
+        f"The CA in '{active.path}' ends at {end:%Y-%m-%d %H:%M} UTC, and every certificate of it; make a new one: "
+        "playbooks/rotate_certificates.yml -e pki_rotate=ca"
+    ]
+
+
 def run(options: dict[str, Any], check: bool = False) -> dict[str, Any]:
     """Do what the options say."""
     path = Path(options["path"])
@@ -396,8 +379,9 @@ def run(options: dict[str, Any], check: bool = False) -> dict[str, Any]:
         "bundle": bundle,
         "crl": crl,
         "active": pem(authorities[0].certificate).decode(),
-        "name": common_name(authorities[0].certificate),
+        "name": common_name(authorities[0].certificate.subject),
         "rotating": directory.has("next") or directory.has("retiring"),
+        "warnings": notices(authorities[0]),
     }
 
 
@@ -420,7 +404,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     if MISSING:
-        module.fail_json(msg=f"The control machine's Python has no cryptography ({MISSING}); install it there.")
+        module.fail_json(msg=f"The control machine: {MISSING}")
     os.umask(0o077)
     try:
         module.exit_json(**run(module.params, module.check_mode))

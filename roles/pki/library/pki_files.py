@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.pki_x509 import MISSING, USAGES, certificates, common_name, issued_by, lists, moment, public, revoked
 
-try:
+if not MISSING:
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization
-    from cryptography.x509.oid import ExtendedKeyUsageOID
-
-    MISSING = ""
-except ImportError as error:
-    MISSING = str(error)
 
 DOCUMENTATION = r"""
 module: pki_files
@@ -51,10 +46,10 @@ def load(path: Path, identity: str) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {"crl": []}
     problems = []
     readers: dict[str, Any] = {
-        "certificates": (f"{identity}.crt", lambda data: x509.load_pem_x509_certificates(data), "the host's certificate in PEM"),
+        "certificates": (f"{identity}.crt", lambda data: some(certificates(data.decode())), "the host's certificate in PEM"),
         "key": (f"{identity}.key", lambda data: serialization.load_pem_private_key(data, None), "the host's key in PEM, not encrypted"),
-        "bundle": ("ca.crt", lambda data: x509.load_pem_x509_certificates(data), "the certificates of the organisation's CAs in PEM"),
-        "crl": ("ca.crl", revocation_lists, "the revocation lists of the organisation's CAs in PEM"),
+        "bundle": ("ca.crt", lambda data: some(certificates(data.decode())), "the certificates of the organisation's CAs in PEM"),
+        "crl": ("ca.crl", lambda data: some(lists(data.decode())), "the revocation lists of the organisation's CAs in PEM"),
     }
     for what, (name, reader, meaning) in readers.items():
         if not (path / name).exists():
@@ -68,27 +63,17 @@ def load(path: Path, identity: str) -> tuple[dict[str, Any], list[str]]:
     return found, problems
 
 
-def revocation_lists(data: bytes) -> list[x509.CertificateRevocationList]:
-    """Those in a text."""
-    end = b"-----END X509 CRL-----"
-    parts = data.split(end)[:-1]
-    if not parts:
+def some(found: list[Any]) -> list[Any]:
+    """At least one."""
+    if not found:
         raise ValueError
-    return [x509.load_pem_x509_crl(part[part.index(b"-----BEGIN") :] + end + b"\n") for part in parts]
-
-
-def issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
-    """Whether this CA signed it, and may."""
-    try:
-        certificate.verify_directly_issued_by(ca)
-        return ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
-        return False
+    return found
 
 
 def good(certificate: x509.Certificate, at: datetime) -> bool:
     """Whether it is within its time."""
-    return certificate.not_valid_before_utc <= at <= certificate.not_valid_after_utc
+    begin, end = moment(certificate, "not_valid_before"), moment(certificate, "not_valid_after")
+    return bool(begin <= at <= end)
 
 
 def chains(certificates: list[x509.Certificate], bundle: list[x509.Certificate], at: datetime) -> bool:
@@ -115,7 +100,7 @@ def names(certificate: x509.Certificate) -> list[str]:
 
 def usages(certificate: x509.Certificate) -> list[str]:
     """Its extended key usages, by their names."""
-    known = {ExtendedKeyUsageOID.SERVER_AUTH: "serverAuth", ExtendedKeyUsageOID.CLIENT_AUTH: "clientAuth"}
+    known = {usage: name for name, usage in USAGES.items()}
     try:
         return [
             known.get(usage, usage.dotted_string) for usage in certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
@@ -132,16 +117,16 @@ def check(path: Path, identity: str, wanted: list[str]) -> list[str]:
     certificate, at = found["certificates"][0], datetime.now(UTC)
     file = f"'{path / identity}.crt'"
 
-    def public(thing: Any) -> bytes:
-        data: bytes = thing.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        return data
-
     if public(found["key"]) != public(certificate):
         problems.append(f"{identity}: '{path / identity}.key' is not the key of {file}; put the two that belong together there.")
-    if at < certificate.not_valid_before_utc:
-        problems.append(f"{identity}: {file} is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; put one that is.")
-    if at > certificate.not_valid_after_utc:
-        problems.append(f"{identity}: {file} has expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; put a new one there.")
+    if at < moment(certificate, "not_valid_before"):
+        problems.append(
+            f"{identity}: {file} is not valid before {moment(certificate, 'not_valid_before'):%Y-%m-%d %H:%M} UTC; put one that is."
+        )
+    if at > moment(certificate, "not_valid_after"):
+        problems.append(
+            f"{identity}: {file} has expired at {moment(certificate, 'not_valid_after'):%Y-%m-%d %H:%M} UTC; put a new one there."
+        )
     if not chains(found["certificates"], found["bundle"], at):
         problems.append(
             f"{identity}: {file} leads to no CA of '{path / 'ca.crt'}'; put the CA that signed it there, or its intermediates after it."
@@ -149,19 +134,16 @@ def check(path: Path, identity: str, wanted: list[str]) -> list[str]:
     if identity not in names(certificate):
         seen = ", ".join(names(certificate)) or "none"
         problems.append(f"{identity}: the names (SAN) of {file} are {seen}; have it issued with DNS:{identity}, or set qwen_identity.")
-    subject = [str(name.value) for name in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
-    if subject != [identity]:
-        seen = ", ".join(subject) or "none"
+    if (seen := common_name(certificate.subject) or "none") != identity:
         problems.append(f"{identity}: the common name of {file} is {seen}; have it issued with {identity}, by which peers know this host.")
     if set(wanted) - set(usages(certificate)):
         seen = ", ".join(usages(certificate)) or "none"
         problems.append(f"{identity}: the extended key usages of {file} are {seen}; have it issued with {', '.join(wanted)}.")
     for entry in found["crl"]:
-        if entry.next_update_utc is not None and entry.next_update_utc < at:
-            problems.append(
-                f"{identity}: a list of '{path / 'ca.crl'}' has expired at {entry.next_update_utc:%Y-%m-%d %H:%M} UTC; fetch it anew."
-            )
-        if entry.get_revoked_certificate_by_serial_number(certificate.serial_number) and entry.issuer == certificate.issuer:
+        end = moment(entry, "next_update")
+        if end < at:
+            problems.append(f"{identity}: a list of '{path / 'ca.crl'}' has expired at {end:%Y-%m-%d %H:%M} UTC; fetch it anew.")
+        if revoked(entry, certificate):
             problems.append(f"{identity}: {file} is revoked ('{path / 'ca.crl'}'); put a new one there.")
     if found["crl"]:
         listed = {entry.issuer for entry in found["crl"]}
@@ -185,7 +167,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     if MISSING:
-        module.fail_json(msg=f"The control machine's Python has no cryptography ({MISSING}); install it there.")
+        module.fail_json(msg=f"The control machine: {MISSING}")
     module.exit_json(changed=False, problems=check(Path(module.params["path"]), module.params["identity"], module.params["usages"]))
 
 

@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.pki_x509 import MISSING, USAGES, Problem, certificates, common_name, lists, moment, public, revoked, write
 
-try:
+if not MISSING:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    MISSING = ""
-except ImportError as error:
-    MISSING = str(error)
+    from cryptography.x509.oid import NameOID
 
 DOCUMENTATION = r"""
 module: pki_identity
@@ -84,62 +80,12 @@ issuer: {description: Common name of the CA that issued it, returned: always, ty
 """
 
 
-class Problem(Exception):
-    """What stops, in a sentence."""
-
-
-def write(path: Path, data: bytes, mode: int) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
-        os.fchmod(stream.fileno(), mode)
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
-
-
-def moment(thing: Any, name: str) -> datetime:
-    """A date of a certificate or list, as UTC; cryptography says so itself since version 42, and Debian 12 has 38."""
-    value = getattr(thing, f"{name}_utc", None)
-    return value if isinstance(value, datetime) else getattr(thing, name).replace(tzinfo=UTC)
-
-
-def blocks(text: str, kind: str) -> list[bytes]:
-    """The PEM blocks of a text."""
-    end = f"-----END {kind}-----"
-    return [(part[part.index("-----BEGIN") :] + end + "\n").encode() for part in text.split(end)[:-1]]
-
-
-def certificates(text: str) -> list[x509.Certificate]:
-    """Those in a text."""
-    return [x509.load_pem_x509_certificate(block) for block in blocks(text, "CERTIFICATE")]
-
-
-def lists(text: str) -> list[x509.CertificateRevocationList]:
-    """Those in a text."""
-    return [x509.load_pem_x509_crl(block) for block in blocks(text, "X509 CRL")]
-
-
-def public(thing: Any) -> bytes:
-    """The public key of a certificate or key, to compare."""
-    data: bytes = thing.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return data
-
-
 def load_key(path: Path) -> Any:
     """The key in a file; none where there is none, or half of one."""
     try:
         return serialization.load_pem_private_key(path.read_bytes(), None)
     except (FileNotFoundError, ValueError):
         return None
-
-
-def name_of(name: x509.Name) -> str:
-    """The common name."""
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(found[0].value) if found else ""
 
 
 class Identity:
@@ -174,11 +120,14 @@ class Identity:
             return "there is none"
         if public(self.key) != public(certificate):
             return "it is not that of the host's key"
-        if certificate.issuer != certificates(options["active"])[0].subject:
+        ca = certificates(options["active"])[0]
+        if certificate.issuer != ca.subject:
             return "it is of another CA"
-        if moment(certificate, "not_valid_after") < datetime.now(UTC) + timedelta(hours=options["renew_before_hours"]):
+        end, soon = moment(certificate, "not_valid_after"), datetime.now(UTC) + timedelta(hours=options["renew_before_hours"])
+        # one that ends with its CA would be followed by one that does so as well
+        if end < min(soon, moment(ca, "not_valid_after")):
             return "its end is near"
-        if any(entry.get_revoked_certificate_by_serial_number(certificate.serial_number) for entry in lists(options["crl"])):
+        if any(revoked(entry, certificate) for entry in lists(options["crl"])):
             return "it is revoked"
         if not self.says(wanted):
             return "it says something else"
@@ -187,7 +136,6 @@ class Identity:
     def says(self, wanted: dict[str, Any]) -> bool:
         """Whether the certificate has the name, the names and the usages that it is to have."""
         assert self.certificate is not None
-        usages = {"serverAuth": ExtendedKeyUsageOID.SERVER_AUTH, "clientAuth": ExtendedKeyUsageOID.CLIENT_AUTH}
         extensions = self.certificate.extensions
         try:
             names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -198,9 +146,9 @@ class Identity:
         seen |= {f"IP:{name}" for name in names.get_values_for_type(x509.IPAddress)}
         meant = {f"IP:{ip_address(name[3:])}" if name.startswith("IP:") else name for name in wanted["names"]}
         return (
-            name_of(self.certificate.subject) == wanted["common_name"]
+            common_name(self.certificate.subject) == wanted["common_name"]
             and seen == meant
-            and set(extended) == {usages[usage] for usage in wanted["usages"]}
+            and set(extended) == {USAGES[usage] for usage in wanted["usages"]}
         )
 
     def request(self, name: str) -> str:
@@ -238,7 +186,7 @@ def metrics(certificate: x509.Certificate, bundle: str, crl: str) -> str:
         text = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name, value in values.items()}
         return ",".join(f'{name}="{value}"' for name, value in text.items())
 
-    who = label(identity=name_of(certificate.subject), issuer=name_of(certificate.issuer))
+    who = label(identity=common_name(certificate.subject), issuer=common_name(certificate.issuer))
     authorities = certificates(bundle)
     gauge(
         "qwen_certificate_not_before_seconds",
@@ -253,12 +201,12 @@ def metrics(certificate: x509.Certificate, bundle: str, crl: str) -> str:
     gauge(
         "qwen_ca_not_after_seconds",
         "End of a CA that the host trusts, in seconds since 1970.",
-        {label(ca=name_of(ca.subject), serial=f"{ca.serial_number:x}"): moment(ca, "not_valid_after") for ca in authorities},
+        {label(ca=common_name(ca.subject), serial=f"{ca.serial_number:x}"): moment(ca, "not_valid_after") for ca in authorities},
     )
     gauge(
         "qwen_crl_next_update_seconds",
         "Until when a revocation list is good, in seconds since 1970; peers refuse everybody afterwards.",
-        {label(ca=name_of(entry.issuer)): moment(entry, "next_update") for entry in lists(crl) if getattr(entry, "next_update", True)},
+        {label(ca=common_name(entry.issuer)): moment(entry, "next_update") for entry in lists(crl)},
     )
     return "\n".join(lines) + "\n"
 
@@ -269,9 +217,9 @@ def said(identity: Identity) -> dict[str, str]:
         return {"identity": "", "serial": "", "issuer": ""}
     certificate = identity.certificate
     return {
-        "identity": name_of(certificate.subject),
+        "identity": common_name(certificate.subject),
         "serial": f"{certificate.serial_number:x}",
-        "issuer": name_of(certificate.issuer),
+        "issuer": common_name(certificate.issuer),
     }
 
 
@@ -353,7 +301,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     if MISSING:
-        module.fail_json(msg=f"The host's Python has no cryptography ({MISSING}); install Debian's package python3-cryptography.")
+        module.fail_json(msg=f"This host: {MISSING}")
     try:
         half = requested if module.params["state"] == "requested" else present
         module.exit_json(**half(module.params, module.check_mode))
