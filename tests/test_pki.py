@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from plugins import load
 
+from playbooks import ansible_playbook
+
 AUTHORITY: Any = load("roles/pki/library/pki_authority.py")
 X509: Any = sys.modules["ansible.module_utils.pki_x509"]
 IDENTITY: Any = load("roles/pki/library/pki_identity.py")
@@ -572,6 +574,18 @@ def test_files_with_an_intermediate_ca(given: Given) -> None:
     assert given.problems() == []
 
 
+def test_files_that_a_host_signed(given: Given) -> None:
+    """A host's certificate makes nobody a CA."""
+    host = given.fleet.certificate("gw1")
+    signer = IDENTITY.load_key(given.fleet.path / "gw1/host.key")
+    key = ec.generate_private_key(ec.SECP256R1())
+    at = datetime.now(UTC).replace(microsecond=0)
+    given.put(AUTHORITY.sign(signer, host, key.public_key(), wanted("node1"), at - timedelta(hours=1), at + timedelta(hours=1)), key)
+    (given.path / "node1.crt").write_bytes((given.path / "node1.crt").read_bytes() + X509.pem(host))
+    assert len(given.problems()) == 1
+    assert f"leads to no CA of '{given.path}/ca.crt'" in given.problems()[0]
+
+
 def test_files_of_another_identity(given: Given) -> None:
     file = given.path / "node1.crt"
     given.sign(identity=wanted("node7"))
@@ -606,3 +620,45 @@ def test_files_with_a_list_that_does_not_do(given: Given) -> None:
     assert given.problems() == [
         f"node1: '{given.path}/ca.crl' has no list of {name}; peers would refuse everybody: put one of every CA there, or remove the file."
     ]
+
+
+# what playbooks/rotate_certificates.yml refuses, before a host is changed
+
+
+def rotate(*arguments: str) -> tuple[int, list[str]]:
+    """Exit status and distinct messages; no host is there, and each says so at once."""
+    gone = ["-e", "ansible_host=127.0.0.1", "-e", "ansible_port=1", "-e", "vault_pki_ca_passphrase=twelve characters"]
+    result = ansible_playbook("-i", "inventories/example", "playbooks/rotate_certificates.yml", *gone, *arguments)
+    return result.returncode, list(dict.fromkeys(re.findall(r'"msg": "((?:[^"\\]|\\.)*)"', result.stdout)))
+
+
+def test_rotation_of_something_else() -> None:
+    assert rotate("-e", "pki_rotate=all") == (
+        2,
+        [
+            "pki_rotate is 'all'; set it to due (what has less than a third of its time left), leaf (every certificate) or ca (the CA "
+            "and every certificate)."
+        ],
+    )
+
+
+def test_rotation_of_the_ca_is_for_all_hosts() -> None:
+    assert rotate("-e", "pki_rotate=ca", "--limit", "gw1:node2:node3") == (
+        2,
+        ["pki_rotate is ca and --limit leaves out gw2, mon1, node1, which would not know the new CA; run without --limit."],
+    )
+
+
+def test_rotation_of_the_ca_with_hosts_that_are_away() -> None:
+    status, messages = rotate("-e", "pki_rotate=ca")
+    assert status != 0
+    assert messages[-1] == (
+        "pki_rotate is ca and gw1, gw2, mon1, node1, node2, node3 cannot be reached, which would not know the new CA; bring it back, "
+        "or take it out of the inventory."
+    )
+
+
+def test_rotation_of_a_ca_that_is_not_ours() -> None:
+    status, messages = rotate("-e", "pki_rotate=leaf", "-e", "pki_mode=files", "-e", "pki_files_dir=certificates")
+    assert status != 0
+    assert messages[0] == "gw1: pki_rotate is leaf and pki_mode is files; put the new files into 'certificates' and set pki_rotate to due."
