@@ -496,8 +496,6 @@ def given(fleet: Fleet) -> Given:
 
 def test_files_that_are_in_order(given: Given) -> None:
     assert given.problems() == []
-    (given.path / "ca.crl").unlink()
-    assert given.problems() == []
 
 
 def test_files_reach_the_host(given: Given) -> None:
@@ -521,8 +519,7 @@ def test_files_that_are_missing_or_something_else(given: Given, name: str, meani
     (given.path / name).write_text("nothing of the kind")
     assert given.problems() == [f"node1: '{given.path / name}' cannot be read; put {meaning} there."]
     (given.path / name).unlink()
-    missing = [] if name == "ca.crl" else [f"node1: pki_files_dir has no '{name}'; put {meaning} there ({given.path})."]
-    assert given.problems() == missing
+    assert given.problems() == [f"node1: pki_files_dir has no '{name}'; put {meaning} there ({given.path})."]
 
 
 def test_files_an_encrypted_key(given: Given) -> None:
@@ -566,8 +563,10 @@ def test_files_with_an_intermediate_ca(given: Given) -> None:
         builder = builder.not_valid_before(at - timedelta(hours=1)).not_valid_after(at + timedelta(hours=1))
         return builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(root, AUTHORITY.hashes.SHA256())
 
-    (given.path / "ca.crt").write_bytes(X509.pem(ca(name, root.public_key())))
-    (given.path / "ca.crl").unlink()
+    top = ca(name, root.public_key())
+    (given.path / "ca.crt").write_bytes(X509.pem(top))
+    builder = x509.CertificateRevocationListBuilder().issuer_name(name).last_update(at).next_update(at + timedelta(hours=1))
+    (given.path / "ca.crl").write_bytes(X509.pem(builder.sign(root, AUTHORITY.hashes.SHA256())))
     assert len(given.problems()) == 1
     cross = ca(middle.certificate.subject, middle.certificate.public_key())
     (given.path / "node1.crt").write_bytes((given.path / "node1.crt").read_bytes() + X509.pem(cross))
@@ -618,7 +617,7 @@ def test_files_with_a_list_that_does_not_do(given: Given) -> None:
     (given.path / "ca.crt").write_bytes((given.fleet.path / "pki/ca.crt").read_bytes())
     name = other.certificate.subject.rfc4514_string()
     assert given.problems() == [
-        f"node1: '{given.path}/ca.crl' has no list of {name}; peers would refuse everybody: put one of every CA there, or remove the file."
+        f"node1: '{given.path}/ca.crl' has no list of {name}, so that peers would refuse everybody; put one of every CA there."
     ]
 
 

@@ -136,7 +136,7 @@ def test_ends_are_metrics(on, name):
     assert set(seen) == ends | {"qwen_crl_next_update_seconds"}
     labels, end = seen["qwen_certificate_not_after_seconds"]
     assert labels.startswith(f'identity="{name}",issuer="Qwen coder hosting CA ')
-    assert end == int(host.check_output(f'date -d "$(openssl x509 -in {DIR}/host.crt -noout -enddate | cut -d= -f2)" +%%s'))
+    assert end == int(host.check_output(f'date -d "$(openssl x509 -in {DIR}/host.crt -noout -enddate | cut -d= -f2)" +%s'))
     assert seen["qwen_crl_next_update_seconds"][1] == seen["qwen_ca_not_after_seconds"][1] > time.time() + 9 * 365 * 86400
     assert host.file(f"{METRICS}/qwen_pki.prom").mode == 0o644
 
@@ -165,6 +165,7 @@ def test_a_run_that_cannot_is_seen(on):
     control.check_output(f"mv /root/kept /etc/{UNIT}/ca_passphrase")
     assert control.check_output(f"systemctl is-failed {UNIT}.service") == "failed"
     assert "\nqwen_certificate_renewal_succeeded 0\n" in control.file(f"{METRICS}/qwen_pki_renewal.prom").content_string
+    assert "pki_ca_passphrase does not open" in control.check_output(f"journalctl -u {UNIT} --no-pager -o cat")
     assert text(on("node1"), "-serial") == before
 
 

@@ -18,7 +18,7 @@ DOCUMENTATION = r"""
 module: pki_files
 short_description: Check a host's certificate from the organisation's CA
 description:
-  - Looks at C(<identity>.crt) (with intermediate CAs after it, if there are any), C(<identity>.key), C(ca.crt) and, if there is one,
+  - Looks at C(<identity>.crt) (with intermediate CAs after it, if there are any), C(<identity>.key), C(ca.crt) and
     C(ca.crl) in a directory, and says everything that would keep the host from being reached. Changes nothing.
 options:
   path:
@@ -43,7 +43,7 @@ problems: {description: What is wrong, a sentence each, returned: always, type: 
 
 def load(path: Path, identity: str) -> tuple[dict[str, Any], list[str]]:
     """What the files hold, and sentences about those that hold nothing."""
-    found: dict[str, Any] = {"crl": []}
+    found: dict[str, Any] = {}
     problems = []
     readers: dict[str, Any] = {
         "certificates": (f"{identity}.crt", lambda data: some(certificates(data.decode())), "the host's certificate in PEM"),
@@ -53,8 +53,7 @@ def load(path: Path, identity: str) -> tuple[dict[str, Any], list[str]]:
     }
     for what, (name, reader, meaning) in readers.items():
         if not (path / name).exists():
-            if what != "crl":
-                problems.append(f"{identity}: pki_files_dir has no '{name}'; put {meaning} there ({path}).")
+            problems.append(f"{identity}: pki_files_dir has no '{name}'; put {meaning} there ({path}).")
             continue
         try:
             found[what] = reader((path / name).read_bytes())
@@ -145,14 +144,13 @@ def check(path: Path, identity: str, wanted: list[str]) -> list[str]:
             problems.append(f"{identity}: a list of '{path / 'ca.crl'}' has expired at {end:%Y-%m-%d %H:%M} UTC; fetch it anew.")
         if revoked(entry, certificate):
             problems.append(f"{identity}: {file} is revoked ('{path / 'ca.crl'}'); put a new one there.")
-    if found["crl"]:
-        listed = {entry.issuer for entry in found["crl"]}
-        for ca in found["bundle"]:
-            if ca.subject not in listed:
-                problems.append(
-                    f"{identity}: '{path / 'ca.crl'}' has no list of {ca.subject.rfc4514_string()}; peers would refuse everybody: "
-                    "put one of every CA there, or remove the file."
-                )
+    listed = {entry.issuer for entry in found["crl"]}
+    problems += [
+        f"{identity}: '{path / 'ca.crl'}' has no list of {ca.subject.rfc4514_string()}, so that peers would refuse everybody; put one of "
+        "every CA there."
+        for ca in found["bundle"]
+        if ca.subject not in listed
+    ]
     return problems
 
 
