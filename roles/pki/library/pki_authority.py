@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Ansible module: the project's own CA on the control machine, its rotation, its certificates and what it revoked."""
 
 from __future__ import annotations

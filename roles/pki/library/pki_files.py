@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Ansible module: check, on the control machine, what the organisation's CA gave for a host."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Ansible module: a host's key, certificate, trust bundle and revocation lists, and when they end as metrics."""
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ try:
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     MISSING = ""
+    # extended key usages by the names that the role's variables use
     USAGES = {"serverAuth": ExtendedKeyUsageOID.SERVER_AUTH, "clientAuth": ExtendedKeyUsageOID.CLIENT_AUTH}
 except ImportError as error:
     MISSING = f"Python there has no cryptography ({error}); install it, on Debian as python3-cryptography."
+    USAGES = {}
 
 
 class Problem(Exception):
