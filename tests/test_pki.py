@@ -635,8 +635,8 @@ def test_rotation_of_something_else() -> None:
     assert rotate("-e", "pki_rotate=all") == (
         2,
         [
-            "pki_rotate is 'all'; set it to due (what has less than a third of its time left), leaf (every certificate) or ca (the CA "
-            "and every certificate)."
+            "pki_rotate is 'all'; set it to due (what has less than a third of its time left), leaf (every certificate), trust (a new CA "
+            "beside the present one) or ca (the CA and every certificate)."
         ],
     )
 

@@ -25,7 +25,7 @@ CASES = {
 
 
 def main() -> None:
-    """Write NAME.crt and NAME.key for each case, empty.crl, and revoked.crl, in which the revoked one stands."""
+    """Write NAME.crt and NAME.key for each case, and revoked.crl, in which the revoked one stands."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ca", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -55,12 +55,10 @@ def main() -> None:
         (arguments.output / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         (arguments.output / f"{name}.key").write_bytes(pem)
-    for name, serials in (("empty", []), ("revoked", revoked)):
-        builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(NOW - DAY).next_update(NOW + 30 * DAY)
-        for serial in serials:
-            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(NOW - DAY).build()
-            builder = builder.add_revoked_certificate(entry)
-        (arguments.output / f"{name}.crl").write_bytes(builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(NOW - DAY).next_update(NOW + 30 * DAY)
+    for serial in revoked:
+        builder = builder.add_revoked_certificate(x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(NOW - DAY).build())
+    (arguments.output / "revoked.crl").write_bytes(builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
 main()
