@@ -170,7 +170,7 @@ def test_one_value_of_one_host_changes_one_file_and_restarts_one_service(on, tmp
     assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 2, "mon1": 0}  # the file and the restart
     touched = "find /etc /opt -xdev -type f -newermt @%s -not -path '*/cache/*'"
     assert {host: on(host).check_output(touched, began[host]).split() for host in hosts} == {
-        "gw1": [], "node1": [], "node2": ["/opt/qwen-coder-service/qwen-coder.env"], "mon1": [],
+        "gw1": [], "node1": [], "node2": ["XX"], "mon1": [],
     }  # fmt: skip
     after = {host: on(host).check_output(units).split() for host in hosts}
     restarted = {host: [unit for unit in after[host] if unit not in before[host]] for host in hosts}
