@@ -36,7 +36,7 @@ def switch(releases: Any, name: str, dry: bool = False) -> tuple[str, str, bool]
 def tree(root: Path) -> dict[str, str]:
     """Every path with what it is."""
     return {
-        str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.read_text() if path.is_file() else ""
+        str(path.relative_to(root)): str(path.readlink()) if path.is_symlink() else path.read_text() if path.is_file() else ""
         for path in root.rglob("*")
     }
 
@@ -44,7 +44,7 @@ def tree(root: Path) -> dict[str, str]:
 def test_it_is_put_together_once(releases: Any) -> None:
     name, changed, differences = prepare(releases)
     assert changed
-    assert [difference["after"] for difference in differences][0] == "x=1\n"
+    assert differences[0]["after"] == "x=1\n"
     folder = releases.releases / name
     assert json.loads((folder / "release.json").read_text()) == {"id": name, "environment": "1-a", "tier": "t"}
     assert (folder / "venv").resolve() == releases.environments / "1-a/venv"
@@ -58,7 +58,7 @@ def test_what_differs_has_another_name_and_shows_the_difference_to_the_current_o
     switch(releases, first)
     second, _, differences = prepare(releases, "x=2\n")
     assert second != first
-    assert [(difference["before"], difference["after"]) for difference in differences][0] == ("x=1\n", "x=2\n")
+    assert (differences[0]["before"], differences[0]["after"]) == ("x=1\n", "x=2\n")
     assert prepare(releases, environment="2-b")[0] not in (first, second)
 
 
