@@ -73,7 +73,7 @@ def greedy() -> Callable[[Host, dict[str, object]], list[int]]:
 
     def ask(node: Host, question: dict[str, object]) -> list[int]:
         root = "/opt/qwen-coder-service"
-        lines = node.file(f"{root}/qwen-coder.env").content_string.splitlines()
+        lines = node.file(f"{root}/current/qwen-coder.env").content_string.splitlines()
         env = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
         program = (Path(__file__).parent / "resources/greedy.py").read_text()
         node.check_output("printf '%%s' %s > /tmp/greedy.py", program)
