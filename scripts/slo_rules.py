@@ -75,7 +75,9 @@ def rules() -> dict[str, Any]:
 def text() -> str:
     """The whole file."""
     meanings = "".join(f"# {slo}: {objective:.1%} {good}\n" for slo, (objective, good, _) in SLOS.items())
-    return f"# Made by scripts/slo_rules.py.\n{meanings}# yamllint disable\n" + yaml.safe_dump(rules(), sort_keys=False, width=130, default_flow_style=False)
+    return f"# Made by scripts/slo_rules.py.\n{meanings}# yamllint disable\n" + yaml.safe_dump(
+        rules(), sort_keys=False, width=130, default_flow_style=False
+    )
 
 
 def main() -> None:

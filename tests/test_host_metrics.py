@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from plugins import ROOT, load
-
-sys.path.insert(0, str(ROOT / "molecule/resources/fake_gpu"))
-from place import place
+from plugins import load
 
 metrics = load("roles/exporters/files/host_metrics.py")
+place = load("molecule/resources/fake_gpu/place.py").place
 
 
 def entry(message: str, second: int) -> str:
@@ -35,14 +32,19 @@ def test_gpus_that_are_well(tmp_path: Path) -> None:
     assert "\nqwen_gpu_expected 2\n" in text
     assert "\nqwen_gpu_present 2\n" in text
     assert "\nqwen_gpu_driver_ok 1\n" in text
-    assert series(text, "qwen_gpu_temperature_celsius") == ['qwen_gpu_temperature_celsius{gpu="0"} 31', 'qwen_gpu_temperature_celsius{gpu="1"} 31']
+    assert series(text, "qwen_gpu_temperature_celsius") == [
+        'qwen_gpu_temperature_celsius{gpu="0"} 31',
+        'qwen_gpu_temperature_celsius{gpu="1"} 31',
+    ]
     assert 'qwen_gpu_memory_total_bytes{gpu="0"} 85899345920' in text
     assert 'qwen_gpu_ecc_uncorrected_errors{gpu="1"} 0' in text
     assert all(line.endswith(" 0") for line in series(text, "qwen_gpu_throttled{"))
     assert "xid" not in text
 
 
-@pytest.mark.parametrize(("fixture", "present", "ok"), [("2x80-lost", 0, 0), ("2x80-missing", 1, 1), ("no-driver", 0, 0), ("mismatch", 0, 0)])
+@pytest.mark.parametrize(
+    ("fixture", "present", "ok"), [("2x80-lost", 0, 0), ("2x80-missing", 1, 1), ("no-driver", 0, 0), ("mismatch", 0, 0)]
+)
 def test_gpus_that_are_gone(tmp_path: Path, fixture: str, present: int, ok: int) -> None:
     text = gpus(tmp_path, fixture)
     assert f"\nqwen_gpu_present {present}\n" in text
@@ -86,7 +88,18 @@ def test_xids_are_counted_and_dated(tmp_path: Path) -> None:
 def test_the_release_is_the_one_that_current_points_to(tmp_path: Path) -> None:
     (tmp_path / "releases/1.2.3").mkdir(parents=True)
     (tmp_path / "out").mkdir()
-    command = [sys.executable, metrics.__file__, "--directory", tmp_path / "out", "--root", tmp_path, "--tier", "t", "--profile", "p"]
+    command: list[str | Path] = [
+        sys.executable,
+        str(metrics.__file__),
+        "--directory",
+        tmp_path / "out",
+        "--root",
+        tmp_path,
+        "--tier",
+        "t",
+        "--profile",
+        "p",
+    ]
     subprocess.run(command, check=True)
     file = tmp_path / "out/qwen_host.prom"
     assert "qwen_release_info" not in file.read_text()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from plugins import ROOT
 
 FILES = sorted((ROOT / "roles/prometheus/files/rules").glob("*.yml"))
@@ -24,9 +23,7 @@ def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def samples(name: str, labels: list[dict[str, str]]) -> list[dict[str, Any]]:
     """What promtool is to find: one series a firing alert, with exactly these labels."""
-    return [
-        {"labels": "ALERTS" + str_labels({"alertname": name, "alertstate": "firing", **alert}), "value": 1} for alert in labels
-    ]
+    return [{"labels": "ALERTS" + str_labels({"alertname": name, "alertstate": "firing", **alert}), "value": 1} for alert in labels]
 
 
 def str_labels(labels: dict[str, str]) -> str:
@@ -100,7 +97,3 @@ def test_runbooks_name_playbooks_and_documents_that_exist() -> None:
     text = (ROOT / "docs/runbooks.md").read_text()
     assert [path for path in re.findall(r"playbooks/\w+\.yml", text) if not (ROOT / path).exists()] == []
     assert [path for path in re.findall(r"\]\(([\w.-]+\.md)", text) if not (ROOT / "docs" / path).exists()] == []
-
-
-def test_the_file_of_objectives_is_what_its_script_makes() -> None:
-    subprocess.run(["python", ROOT / "scripts/slo_rules.py", "--check"], check=True)

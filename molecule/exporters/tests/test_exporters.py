@@ -99,7 +99,9 @@ def test_exporters_themselves_listen_on_loopback(on):
     assert {line[3] for line in lines} & {f"{address}:9100", "127.0.0.1:9100", "127.0.0.1:9400"} == {
         f"{address}:9100", "127.0.0.1:9100", "127.0.0.1:9400",
     }  # fmt: skip
-    assert not [line[3] for line in lines if line[3].startswith(("0.0.0.0", "*", "[::]")) and line[3].rpartition(":")[2] in ("9100", "9400")]
+    assert not [
+        line[3] for line in lines if line[3].startswith(("0.0.0.0", "*", "[::]")) and line[3].rpartition(":")[2] in ("9100", "9400")
+    ]
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -117,7 +119,5 @@ def test_units_run_at_boot(on):
 def test_the_journal_has_its_limits(on):
     settings = on("node1").check_output("systemd-analyze cat-config systemd/journald.conf | grep -v '^#'").splitlines()
     assert {"SystemMaxUse=2G", "MaxRetentionSec=30day", "RateLimitBurst=20000", "Storage=persistent"} <= set(settings)
-    began = on("node1").check_output("systemctl show -p ActiveEnterTimestampMonotonic --value systemd-journald")
-    changed = on("node1").file("/etc/systemd/journald.conf.d/60-qwen.conf").mtime.timestamp()
-    boot = float(on("node1").check_output("grep btime /proc/stat").split()[1])
-    assert boot + int(began) / 1e6 > changed - 2
+    # what journald says when it starts: it took the limits
+    assert "max 2.0G" in on("node1").check_output("journalctl --no-pager -o cat -t systemd-journald")

@@ -20,7 +20,11 @@ GAUGES = {
     "utilization.gpu": ("utilization_ratio", "Share of time in which a kernel ran.", 0.01),
     "memory.used": ("memory_used_bytes", "Memory in use.", 1 << 20),
     "memory.total": ("memory_total_bytes", "Memory of the card.", 1 << 20),
-    "ecc.errors.uncorrected.volatile.total": ("ecc_uncorrected_errors", "Errors that ECC could not correct, since the driver was loaded.", 1),
+    "ecc.errors.uncorrected.volatile.total": (
+        "ecc_uncorrected_errors",
+        "Errors that ECC could not correct, since the driver was loaded.",
+        1,
+    ),
 }
 # why the card is slower than it could be
 THROTTLING = ("hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown", "sw_power_cap")
@@ -115,7 +119,9 @@ def describe_gpus(out: Exposition, expected: int, program: str, log: Iterable[st
                 out.add(f"qwen_gpu_{name}", meaning, value * factor, labels)
         for reason in THROTTLING:
             active = gpu[f"clocks_throttle_reasons.{reason}"] == "Active"
-            out.add("qwen_gpu_throttled", "1 while the card is slower than it could be, by what holds it.", active, labels | {"reason": reason})
+            out.add(
+                "qwen_gpu_throttled", "1 while the card is slower than it could be, by what holds it.", active, labels | {"reason": reason}
+            )
     for (pci, xid), (count, last) in xids(log).items():
         labels = {"pci": pci, "xid": xid}
         out.add("qwen_gpu_xid_errors", "Errors that the driver logged since the boot.", count, labels)
