@@ -114,6 +114,7 @@ BREAK_FIRST = {
         cp {METRICS} {METRICS}.well
         sed -i -e 's/^\\(vllm:kv_cache_usage_perc{{.*}}\\) .*/\\1 0.97/' -e 's/^\\(vllm:num_requests_waiting{{.*}}\\) .*/\\1 7.0/' \
           -e 's/^qwen_ready .*/qwen_ready 0.0/' -e 's/^\\(qwen_engine_ends_total{{reason="died"}}\\) .*/\\1 1.0/' {METRICS}
+        [ ! -e {PKI} ] || mv {PKI} {PKI}.well
         echo "qwen_certificate_not_after_seconds{{path=\\"host.crt\\"}} $(date -d +1day +%s)" > {PKI}
         systemd-run --quiet --unit=qwen-fails false || true""",
     "gw1": "systemctl stop qwen-gateway",
@@ -127,7 +128,7 @@ BREAK_FIRST = {
         systemctl kill -s HUP prometheus""",
 }
 MEND_FIRST = {
-    "node1": f"mv {METRICS}.well {METRICS}; rm {PKI}; systemctl reset-failed qwen-fails",
+    "node1": f"mv {METRICS}.well {METRICS}; rm {PKI}; mv {PKI}.well {PKI}; systemctl reset-failed qwen-fails",
     "gw1": "systemctl start qwen-gateway",
     "mon1": f"mv {CONFIG}.well {CONFIG}; systemctl reload prometheus",
 }
