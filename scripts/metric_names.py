@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from dashboards import expressions
@@ -57,17 +58,27 @@ def names(expression: str) -> set[str]:
     return found | {re.escape(name) for name in NAME.findall(bare) if name not in WORDS | OWN}
 
 
+def _rules() -> list[dict[str, Any]]:
+    files = sorted(RULES.glob("*.yml"))
+    return [rule for file in files for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+
+
 def asked() -> dict[str, list[str]]:
     """What rules and dashboards ask for, and where."""
-    rules = [
-        rule for file in sorted(RULES.glob("*.yml")) for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]
+    sources = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in _rules()]
+    sources += [("a dashboard", query) for query in expressions()]
+        ("a dashboard", query) for query in expressions()
     ]
-    sources = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules] + [("a dashboard", query) for query in expressions()]
     found: dict[str, list[str]] = {}
     for source, expression in sources:
         for name in names(expression):
             found.setdefault(name, []).append(source)
     return found
+
+
+def recorded() -> set[str]:
+    """Names that the rules record: they are there, if empty while nobody asks anything; what they are made of is compared."""
+    return {rule["record"] for rule in _rules() if "record" in rule}
 
 
 def invented(scraped: Iterable[str], without: Iterable[str] = ()) -> list[str]:
@@ -77,7 +88,7 @@ def invented(scraped: Iterable[str], without: Iterable[str] = ()) -> list[str]:
         scraped: names of metrics.
         without: beginnings of names that are not asked for.
     """
-    known, left_out = set(scraped), tuple(without)
+    known, left_out = set(scraped) | recorded(), tuple(without)
     return [
         f"{name} is no metric that was scraped; {', '.join(sorted(set(sources)))} asks for it."
         for name, sources in sorted(asked().items())

@@ -55,9 +55,9 @@ def until(condition, seconds=60):
     return found
 
 
-def states(alerts, name, **labels):
+def states(alerts, alert, labels=None):
     """How an alert was told to the receiver, in order."""
-    return [a["status"] for a in alerts if a["labels"]["alertname"] == name and labels.items() <= a["labels"].items()]
+    return [a["status"] for a in alerts if a["labels"]["alertname"] == alert and (labels or {}).items() <= a["labels"].items()]
 
 
 TARGETS = {
@@ -173,7 +173,7 @@ def broken(on, steps, mend):
 def test_what_is_broken_is_told_and_what_is_mended_too(on, arrived, steps, mend, told):
     def missing(status):
         alerts = arrived()
-        return [name for name, labels in told if status not in states(alerts, name, **labels)]
+        return [name for name, labels in told if status not in states(alerts, name, labels)]
 
     with broken(on, steps, mend):
         deadline = time.monotonic() + 60
