@@ -67,8 +67,6 @@ def asked() -> dict[str, list[str]]:
     """What rules and dashboards ask for, and where."""
     sources = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in _rules()]
     sources += [("a dashboard", query) for query in expressions()]
-        ("a dashboard", query) for query in expressions()
-    ]
     found: dict[str, list[str]] = {}
     for source, expression in sources:
         for name in names(expression):
