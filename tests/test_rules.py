@@ -32,6 +32,8 @@ def str_labels(labels: dict[str, str]) -> str:
 
 def told(case: dict[str, Any]) -> dict[str, Any]:
     """A story in promtool's words."""
+    # `0x20` is a number to YAML, and a series of zeroes to promtool
+    assert {type(values) for values in case["series"].values()} == {str}, case
     query = f'ALERTS{{alertname="{case["alert"]}",alertstate="firing"}}'
     moments = [(at, labels) for at, labels in case.get("fires", {}).items()] + [(at, []) for at in case["clear"]]
     return {
