@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,7 +40,7 @@ def inventory() -> Callable[[str, str], Any]:
     @cache
     def value(host: str, name: str) -> Any:
         result = subprocess.run(
-            ["ansible", "-i", Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent, host, "-m", "debug", "-a", f"var={name}"],
+            ["ansible", "-i", Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent, host, "-m", "debug", "-a", json.dumps({"var": name})],
             env={**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1"},
             check=True,
             capture_output=True,
@@ -83,3 +85,72 @@ def greedy() -> Callable[[Host, dict[str, object]], list[int]]:
         return ids
 
     return ask
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def scan(on) -> Callable[[str | None, str], set[int]]:
+    """TCP ports, of all, that an address has open for a host, or for this machine (None): ``scan("gw1", "10.90.0.21")``."""
+    program = ROOT / "molecule/resources/scan.py"
+
+    def ports(source: str | None, address: str) -> set[int]:
+        if source is None:
+            out = subprocess.run([sys.executable, program, address], check=True, capture_output=True, text=True).stdout
+        else:
+            # what is not answered is forgotten soon: several scans would fill the table of connections
+            on(source).check_output("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_syn_sent=5")
+            on(source).check_output("printf '%%s' %s > /tmp/scan.py", program.read_text())
+            out = on(source).check_output("python3 /tmp/scan.py %s", address)
+        return set(map(int, out.split()))
+
+    return ports
+
+
+@pytest.fixture(scope="session")
+def declared(inventory) -> Callable[[str | None, str], set[int]]:
+    """TCP ports of a host that another, or this machine (None), may connect to, by roles/qwen/vars/main/flows.yml and the inventory."""
+    flows = yaml.safe_load((ROOT / "roles/qwen/vars/main/flows.yml").read_text())["__qwen_flows"]
+    defaults = {
+        k: v for role in ("qwen", "firewall") for k, v in yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()).items()
+    }
+    words = {"management": "firewall_management_networks", "clients": "firewall_client_networks", "engine": "qwen_engine_peers"}
+    groups = {"gateway": "qwen_gateway_group", "node": "qwen_node_group", "monitoring": "qwen_monitoring_group"}
+
+    def expression(name: str) -> str:
+        default = defaults.get(name)
+        templated = isinstance(default, str) and default.startswith("{{")
+        return f"'{name}': {name} | default({default.strip('{} ') if templated else json.dumps(default)})"
+
+    @cache
+    def host(name: str) -> dict[str, Any]:
+        names = [*words.values(), *groups.values(), *(flow["ports"] for flow in flows), "groups", "ansible_host", "lab_network_prefix"]
+        result: dict[str, Any] = inventory(name, f"{{{', '.join(map(expression, dict.fromkeys(names)))}}}")
+        return result
+
+    def parts(name: str) -> set[str]:
+        return {part for part, group in groups.items() if name in host(name)["groups"].get(host(name)[group], [])}
+
+    def numbers(value: Any) -> set[int]:
+        found: set[int] = set()
+        for entry in value if isinstance(value, list) else [value]:
+            first, _, last = str(entry).partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+        return found
+
+    def ports(source: str | None, target: str) -> set[int]:
+        here = host(target)
+        address = ipaddress.ip_address(host(source)["ansible_host"] if source else here["lab_network_prefix"] + ".1")
+
+        def admitted(who: str) -> bool:
+            if who == "engine":
+                return source in here[words[who]]
+            if who in words:
+                return any(address in ipaddress.ip_network(network) for network in here[words[who]])
+            return source is not None and who in parts(source)
+
+        mine = [flow for flow in flows if parts(target) & set(flow["to"]) and admitted(flow["from"])]
+        return set().union(*(numbers(here[flow["ports"]]) for flow in mine))
+
+    return ports

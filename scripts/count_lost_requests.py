@@ -141,7 +141,8 @@ class Report:
 class Load:
     """Clients that keep asking, in a thread of their own, from entering until leaving the context.
 
-    ``url`` is what stands before ``/v1/chat/completions``; ``timeout_s`` bounds the silence that a client bears.
+    ``url`` is what stands before ``/v1/chat/completions``; ``timeout_s`` bounds the silence that a client bears. The file ``ca`` is read
+    again when it changes: clients must trust another CA before a rotation brings it to the gateway.
     """
 
     def __init__(self, url: str, key: str, kinds: Iterable[Kind], ca: str | None = None, timeout_s: float = 60) -> None:
@@ -151,7 +152,8 @@ class Load:
         self.marks: list[tuple[float, str]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
-        self._began = 0.0
+        self._began, self._ca_read = 0.0, 0.0
+        self._tls = ssl.create_default_context() if ca is None else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def __enter__(self) -> Load:
         """Begin."""
@@ -187,16 +189,22 @@ class Load:
         return Report([outcome for outcome in list(self.outcomes) if outcome.ended], list(self.marks))
 
     async def _run(self) -> None:
-        verify = ssl.create_default_context(cafile=self.ca) if self.url.startswith("https:") else True
+        self._follow_ca()
         limits = httpx.Limits(max_connections=len(self.kinds), max_keepalive_connections=len(self.kinds))
         headers = {"Authorization": f"Bearer {self.key}"}
-        async with httpx.AsyncClient(verify=verify, headers=headers, limits=limits, timeout=self.timeout_s) as http:
+        async with httpx.AsyncClient(verify=self._tls, headers=headers, limits=limits, timeout=self.timeout_s) as http:
             await asyncio.gather(*(self._client(http, index, kind) for index, kind in enumerate(self.kinds)))
+
+    def _follow_ca(self) -> None:
+        if self.ca and (changed := Path(self.ca).stat().st_mtime) != self._ca_read:
+            self._tls.load_verify_locations(self.ca)
+            self._ca_read = changed
 
     async def _client(self, http: httpx.AsyncClient, index: int, kind: Kind) -> None:
         while not self._stop.is_set():
             outcome = Outcome(index, kind, self.now)
             self.outcomes.append(outcome)
+            self._follow_ca()
             try:
                 await self._ask(http, outcome)
             except httpx.HTTPError as error:

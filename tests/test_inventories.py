@@ -21,6 +21,7 @@ GOOD: dict[str, Any] = {
             "qwen_gpu_tier": "cpu-lab",
             "pki_ca_passphrase": "twelve characters",
             "gateway_clients": [{"name": "demo", "key_sha256": "0" * 64}],
+            "firewall_management_networks": ["192.0.2.0/29"],
         },
         "children": {
             "gateways": {"hosts": {"gw1": {"ansible_host": "192.0.2.11"}}},
@@ -68,6 +69,10 @@ def no_passphrase(inventory: dict[str, Any]) -> None:
     del inventory["all"]["vars"]["pki_ca_passphrase"]
 
 
+def no_management(inventory: dict[str, Any]) -> None:
+    inventory["all"]["children"]["gateways"]["hosts"]["gw1"]["firewall_management_networks"] = []
+
+
 def no_vault(inventory: dict[str, Any]) -> None:
     inventory["all"]["vars"]["gateway_clients"] = "{{ vault_gateway_clients }}"
 
@@ -84,6 +89,8 @@ CASES = {
     no_port: "gw1: qwen_gateway_port is '70000', which is no port; set it to a number from 1 to 65535.",
     no_passphrase: "gw1: pki_ca_passphrase is not set; "
     "set it to the passphrase that encrypts the key of the project's CA (keep it in ansible-vault).",
+    no_management: "gw1: firewall_management_networks is not set; "
+    "set it to the networks from which Ansible and operators reach ssh, for example [192.0.2.0/28].",
     no_vault: "gw1: gateway_clients is not set ('vault_gateway_clients' is undefined); "
     "set it to the list of kin clients, each {name: ..., key_sha256: ...}.",
 }

@@ -76,6 +76,16 @@ def test_monitoring_scrapes_both_nodes(on, curl):
         assert "\nvllm:num_requests_running{" in body
 
 
+HOSTS = ("gw1", "node1", "node2", "mon1")
+
+
+def test_a_scan_of_all_ports_finds_what_the_inventory_declares(scan, declared, inventory):
+    pairs = [(source, target) for source in (None, *HOSTS) for target in HOSTS if source != target]
+    with ThreadPoolExecutor(2) as pool:
+        seen = pool.map(lambda pair: scan(pair[0], inventory(pair[1], "ansible_host")), pairs)
+        assert dict(zip(pairs, seen, strict=True)) == {pair: declared(*pair) for pair in pairs}
+
+
 IDENTITY = "--cert /etc/qwen-pki/host.crt --key /etc/qwen-pki/host.key --cacert /etc/qwen-pki/ca.crt"
 REFUSED = {
     "no certificate": ("gw1", "--cacert /etc/qwen-pki/ca.crt"),
@@ -157,10 +167,9 @@ def test_one_value_of_one_host_changes_one_file_and_restarts_one_service(on, tmp
     wait_until_both_serve(on)
     more = tmp_path / "more.yml"
     more.write_text("qwen_nodes: {hosts: {node2: {qwen_service_max_num_seqs: 24}}}\n")
-    hosts = ("gw1", "node1", "node2", "mon1")
     units = "systemctl show -p Id,InvocationID --value qwen-coder qwen-mtls-proxy qwen-gateway"
-    began = {host: on(host).check_output("date +%s.%N") for host in hosts}
-    before = {host: on(host).check_output(units).split() for host in hosts}
+    began = {host: on(host).check_output("date +%s.%N") for host in HOSTS}
+    before = {host: on(host).check_output(units).split() for host in HOSTS}
 
     output, changed = site("-i", more, "--check", "--diff")
     assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 1, "mon1": 0}  # on the control machine, the sizing audit
@@ -169,10 +178,10 @@ def test_one_value_of_one_host_changes_one_file_and_restarts_one_service(on, tmp
     _, changed = site("-i", more)
     assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 2, "mon1": 0}  # the file and the restart
     touched = "find /etc /opt -xdev -type f -newermt @%s -not -path '*/cache/*'"
-    assert {host: on(host).check_output(touched, began[host]).split() for host in hosts} == {
+    assert {host: on(host).check_output(touched, began[host]).split() for host in HOSTS} == {
         "gw1": [], "node1": [], "node2": ["/opt/qwen-coder-service/qwen-coder.env"], "mon1": [],
     }  # fmt: skip
-    after = {host: on(host).check_output(units).split() for host in hosts}
-    restarted = {host: [unit for unit in after[host] if unit not in before[host]] for host in hosts}
+    after = {host: on(host).check_output(units).split() for host in HOSTS}
+    restarted = {host: [unit for unit in after[host] if unit not in before[host]] for host in HOSTS}
     assert {host: len(units) for host, units in restarted.items()} == {"gw1": 0, "node1": 0, "node2": 1, "mon1": 0}
     assert on("node2").check_output("curl -fsS http://127.0.0.1:8080/ready")

@@ -103,7 +103,7 @@ def test_secrets_are_in_their_own_files_only(on, inventory, rotated, tmp_path):
     given.chmod(0o600)
     found.mkdir()
     on("gw1").check_output("rm -rf /root/leaf /root/ca")
-    playbook("molecule/resources/find_secrets.yml", "-e", f"secrets_file={given} secrets_found={found}")
+    playbook("molecule/site/find_secrets.yml", "-e", f"secrets_file={given} secrets_found={found}")
     on("mon1").check_output("rm /var/tmp/planted")
 
     left = {name: {secret: sorted(places) for secret, places in json.loads((found / name).read_text()).items() if places} for name in HOSTS}
