@@ -1,7 +1,9 @@
 """Role exporters: what monitoring hosts read, and nobody else."""
 
+import re
 import time
 
+import metric_names
 import pytest
 
 NODE = "https://node1:9100"
@@ -44,6 +46,13 @@ def test_what_runs_and_what_the_gpus_say(read):
     assert "\nqwen_gpu_expected 2\n" in text
     assert "\nqwen_gpu_present 2\n" in text
     assert '\nqwen_gpu_temperature_celsius{gpu="1"} 31\n' in text
+
+
+def test_every_metric_of_gpus_and_releases_that_is_named_is_there(read):
+    scraped = set(re.findall(r"^([a-zA-Z_:][\w:]*)", read(), re.MULTILINE))
+    own = {name for name in metric_names.asked() if name.startswith(("qwen_gpu_", "qwen_release_", "qwen_host_", "node_"))}
+    # there was no such error (tests/test_host_metrics.py has some)
+    assert own - scraped == {"qwen_gpu_xid_last_timestamp_seconds"}
 
 
 def test_a_lost_gpu_shows(on, read):
