@@ -47,8 +47,8 @@ def _wrong_tier(host: str, variables: Mapping[str, Any], words: Mapping[str, Any
 def _wrong_ports(host: str, variables: Mapping[str, Any], words: Mapping[str, Any], parts: set[str]) -> list[str]:
     found = []
     ports: dict[str, int] = {}
-    for name, (default, part) in words["ports"].items():
-        if part not in parts:
+    for name, (default, openers) in words["ports"].items():
+        if not parts & set(openers):
             continue
         seen = _value(variables, name, default)
         try:
@@ -90,7 +90,7 @@ def qwen_inventory_problems(
         hostvars: Ansible's ``hostvars``.
         groups: Ansible's ``groups``.
         words: the group variables and tier of role ``qwen`` by their names, ``tiers`` (known names), ``ports``
-            (variable -> [default, part]) and ``required`` (variable -> {parts, to, unless}); a part is gateway, node or
+            (variable -> [default, parts]) and ``required`` (variable -> {parts, to, unless}); a part is gateway, node or
             monitoring.
 
     Returns:
