@@ -350,9 +350,10 @@ def test_no_request_is_lost_while_keys_certificates_and_cas_change(client, on, i
 
             role("gw1", "gateway", "main", gateway_clients=clients)  # without the scenario's own clients
             assert client.post("/api/qwen/chat", json={}, headers=keyed("narrow")).status_code == 401
-            for name in ("revoked.crl", "empty.crl", "revoked.crl"):
+            revoked = (made / "revoked.crl").read_text()
+            for crl in (revoked, paths["/etc/qwen-pki/ca.crl"], revoked):
                 before = worker(gateway, "qwen-gateway")
-                put(gateway, "/etc/qwen-pki/ca.crl", (made / name).read_text())
+                put(gateway, "/etc/qwen-pki/ca.crl", crl)
                 role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
                 assert worker(gateway, "qwen-gateway") != before
             assert [s.result(timeout=90) for s in streams] == [150, 150]
