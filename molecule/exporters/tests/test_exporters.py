@@ -82,7 +82,7 @@ def test_nothing_else_is_shown(on, curl, path):
 
 
 def test_only_reading(on, curl):
-    assert curl(on("mon1"), f"{NODE}/node/metrics", f"{IDENTITY} {CA} -X POST")[1] == 404
+    assert curl(on("mon1"), f"{NODE}/node/metrics", f"{IDENTITY} {CA} -X POST")[1] == 405
 
 
 REFUSED = {
