@@ -51,8 +51,10 @@ engine-api: .venv/.complete  ## what each profile's vLLM offers, read from its w
 	@python service_src/scripts/engine_api.py
 
 .PHONY: docs
-docs: .venv/.complete  ## the role reference, from the argument specifications
+docs: .venv/.complete  ## what is made from code: the role reference, the rules of the objectives, the dashboards
 	@python scripts/role_reference.py
+	@python scripts/slo_rules.py
+	@python scripts/dashboards.py
 
 .PHONY: clean
 clean:  ## remove this checkout's environments and caches (the lab stays: make lab-destroy)

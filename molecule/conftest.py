@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def curl() -> Callable[..., tuple[int, int, str]]:
     """Call curl on a host: exit code of curl, HTTP status (0 where none came), body."""
 
     def call(host: Host, url: str, options: str = IDENTITY) -> tuple[int, int, str]:
-        result = host.run(f"curl -sS -m 20 -w '\\n%{{http_code}}' {options} {url}")
+        result = host.run(f"curl -sS -m 20 -w '\\n%{{http_code}}' {options} '{url}'")
         body, _, status = result.stdout.rpartition("\n")
         return result.rc, int(status), body
 
@@ -73,7 +74,7 @@ def greedy() -> Callable[[Host, dict[str, object]], list[int]]:
 
     def ask(node: Host, question: dict[str, object]) -> list[int]:
         root = "/opt/qwen-coder-service"
-        lines = node.file(f"{root}/qwen-coder.env").content_string.splitlines()
+        lines = node.file(f"{root}/current/qwen-coder.env").content_string.splitlines()
         env = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
         program = (Path(__file__).parent / "resources/greedy.py").read_text()
         node.check_output("printf '%%s' %s > /tmp/greedy.py", program)
@@ -118,10 +119,19 @@ def declared(inventory) -> Callable[[str | None, str], set[int]]:
     words = {"management": "firewall_management_networks", "clients": "firewall_client_networks", "engine": "qwen_engine_peers"}
     groups = {"gateway": "qwen_gateway_group", "node": "qwen_node_group", "monitoring": "qwen_monitoring_group"}
 
+    def literal(default: Any) -> str:
+        if isinstance(default, list):
+            return f"[{', '.join(map(literal, default))}]"
+        if isinstance(default, str) and default.startswith("{{"):
+            return re.sub(r"\w+", lambda word: value(word[0]) if word[0] in defaults else word[0], default.strip("{} "))
+        return json.dumps(default)
+
+    def value(name: str) -> str:
+        """A variable as Jinja, with the role's default, in which others may stand."""
+        return f"({name} | default({literal(defaults.get(name))}))"
+
     def expression(name: str) -> str:
-        default = defaults.get(name)
-        templated = isinstance(default, str) and default.startswith("{{")
-        return f"'{name}': {name} | default({default.strip('{} ') if templated else json.dumps(default)})"
+        return f"'{name}': {value(name)}"
 
     @cache
     def host(name: str) -> dict[str, Any]:

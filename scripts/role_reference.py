@@ -26,7 +26,8 @@ def default(option: dict[str, Any]) -> str:
     if "default" not in option:
         return "required"
     value = option["default"]
-    return "`" + (value if isinstance(value, str) and value else json.dumps(value)).replace("|", "\\|") + "`"
+    text = " ".join(value.split()) if isinstance(value, str) and value else json.dumps(value)
+    return "`" + text.replace("|", "\\|") + "`"
 
 
 def reference() -> str:

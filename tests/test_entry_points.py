@@ -2,16 +2,19 @@
 
 import re
 import subprocess
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
 from playbooks import ROOT
 
+CONFIGURE = ROOT / "service_src/scripts/configure_qwen_gateway.sh"
 INSTALL = ROOT / "service_src/scripts/install_qwen_coder_service.sh"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([INSTALL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+def run(*arguments: str, script: Path = INSTALL) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([script, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_install_runs_the_site_for_one_host() -> None:
@@ -43,4 +46,43 @@ def test_install_runs_the_site_for_one_host() -> None:
 )
 def test_install_says_what_it_wants(arguments: list[str], status: int, sentence: str) -> None:
     result = run(*arguments)
+    assert (result.returncode, result.stderr.strip()) == (status, sentence)
+
+
+@pytest.mark.parametrize("verb", ["apply", "show"])
+def test_configure_concerns_the_gateways(verb: str) -> None:
+    result = run("-i", "inventories/example", verb, "--list-hosts", script=CONFIGURE)
+    assert result.returncode == 0, result.stderr
+    assert {"gw1", "gw2"} <= set(re.findall(r"^      (\S+)$", result.stdout, re.MULTILINE)) <= {"localhost", "gw1", "gw2"}
+
+
+def test_a_new_client_gets_a_key_that_is_stored_nowhere() -> None:
+    result = run("-i", "inventories/example", "add-client", "aurora", script=CONFIGURE)
+    assert result.returncode == 0, result.stderr
+    key = re.findall(r"^  (\S{43})$", result.stdout, re.MULTILINE)[0]
+    assert f"  - {{name: aurora, key_sha256: {sha256(key.encode()).hexdigest()}}}" in result.stdout
+
+
+def test_revoking_says_what_to_change() -> None:
+    result = run("-i", "inventories/example", "revoke", "caretakers", script=CONFIGURE)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "  disabled: true")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["-i", "inventories/none"], 1, "error: INVENTORY is 'inventories/none', which does not exist; "
+         "set it to a folder of inventories/, for example inventories/lab."),
+        (["-i", "inventories/example", "add-client", "a b"], 1,
+         "error: NAME is 'a b'; set it to 1 to 64 letters, digits, '.', '_' or '-'."),
+        (["-i", "inventories/example", "add-client", "caretakers"], 1,
+         "error: NAME is 'caretakers', which is one of gateway_clients already; set it to another, or revoke it first."),
+        (["-i", "inventories/example", "revoke", "nobody"], 1,
+         "error: NAME is 'nobody', which is none of gateway_clients; set it to one of: caretakers."),
+        (["-i", "inventories/example", "dance"], 2, "usage: configure_qwen_gateway.sh [-i INVENTORY] [apply|show] "
+         "[OPTION OF ansible-playbook...] | add-client NAME | revoke NAME"),
+    ],
+)  # fmt: skip
+def test_configure_says_what_it_wants(arguments: list[str], status: int, sentence: str) -> None:
+    result = run(*arguments, script=CONFIGURE)
     assert (result.returncode, result.stderr.strip()) == (status, sentence)

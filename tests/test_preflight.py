@@ -177,10 +177,10 @@ def host(folder: Path, name: str, case: Case) -> dict[str, Any]:
     program = place.place(folder / f"gpus/{name}", case.fixture, case.changes)
     tier = data("tiers")["__qwen_gpu_tiers"][case.tier]
     model, root = folder / f"models/{tier['model']}", folder / f"roots/{case.says.get('qwen_service_profile', tier['profile'])}"
-    for directory in (model, root / "releases/one"):
+    for directory in (model, root / "environments/one"):
         directory.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps(data("models")["__qwen_models"][tier["model"]]["config"]))
-    (root / "releases/one/release.json").write_text(json.dumps({"profile": root.name}))
+    (root / "environments/one/environment.json").write_text(json.dumps({"profile": root.name}))
     return {
         "ansible_connection": "local",
         "ansible_python_interpreter": sys.executable,

@@ -18,12 +18,22 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("X-Powered-By", "a test")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        """Ready unless told otherwise by a file."""
+        """Ready unless told otherwise by a file; metrics of an engine where somebody left some."""
+        metrics = Path("/usr/local/lib/upstream.prom")
+        if self.path == "/metrics" and metrics.exists():
+            data = metrics.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return
         ready = not Path("/run/upstream-unready").exists()
         self.answer({"path": self.path, "host": socket.gethostname()}, 200 if ready or self.path != "/ready" else 503)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -23,9 +24,17 @@ async def ended(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     monkeypatch.setattr(Watch, "INTERVAL_S", 0.01)
     monkeypatch.setattr(Watch, "LATE_S", 0.1)
     found: list[tuple[End, str]] = []
-    task = asyncio.create_task(Watch(backend, STALL_S, lambda end, seen: found.append((end, seen))).run())
+    task = asyncio.create_task(Watch(backend, STALL_S, lambda end, seen: found.append((end, re.sub(r"\d+ s$", "N s", seen)))).run())
     yield found
     task.cancel()
+
+
+async def first(ended: list[tuple[End, str]]) -> list[tuple[End, str]]:
+    """What it said, as soon as it said something: on a busy machine that is later than when it was due."""
+    deadline = time.monotonic() + 20
+    while not ended and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    return ended
 
 
 async def test_an_idle_engine_is_left_alone(ended: list[tuple[End, str]]) -> None:
@@ -45,8 +54,7 @@ async def test_requests_without_progress_are_a_stall(ended: list[tuple[End, str]
     backend.unfinished, backend.progress = 3, time.monotonic()
     await asyncio.sleep(STALL_S / 2)
     assert ended == []
-    await asyncio.sleep(STALL_S)
-    assert ended == [(End.STALLED, "3 requests run and no token has moved for 0 s")]
+    assert await first(ended) == [(End.STALLED, "3 requests run and no token has moved for N s")]
 
 
 async def test_work_that_begins_after_a_long_rest_has_its_time(ended: list[tuple[End, str]], backend: FakeBackend) -> None:
@@ -59,20 +67,17 @@ async def test_work_that_begins_after_a_long_rest_has_its_time(ended: list[tuple
 
 async def test_an_idle_engine_whose_loop_hangs_is_a_stall(ended: list[tuple[End, str]], backend: FakeBackend) -> None:
     backend.stuck = True
-    await asyncio.sleep(1.5 * STALL_S)
-    assert ended == [(End.STALLED, "the engine's loop has not turned for 0 s")]
+    assert await first(ended) == [(End.STALLED, "the engine's loop has not turned for N s")]
 
 
 async def test_a_dead_engine_is_found_without_a_request(ended: list[tuple[End, str]], backend: FakeBackend) -> None:
     backend.alive = False
-    await asyncio.sleep(0.1)
-    assert ended == [(End.DIED, "dead")]
+    assert await first(ended) == [(End.DIED, "dead")]
 
 
 async def test_an_engine_that_cannot_be_watched_is_no_engine(ended: list[tuple[End, str]], backend: FakeBackend) -> None:
     backend.broken = True
-    await asyncio.sleep(0.1)
-    assert ended == [(End.DIED, "RuntimeError('a bug')")]
+    assert await first(ended) == [(End.DIED, "RuntimeError('a bug')")]
 
 
 async def test_that_this_process_was_held_up_says_nothing_about_the_engine(ended: list[tuple[End, str]], backend: FakeBackend) -> None:

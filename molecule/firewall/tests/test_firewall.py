@@ -89,7 +89,7 @@ def test_all_ports_of_all_hosts_from_everywhere(scan, declared, inventory, on):
         seen = pool.map(lambda pair: scan(pair[0], inventory(pair[1], "ansible_host")), PAIRS)
         assert dict(zip(PAIRS, seen, strict=True)) == {pair: declared(*pair) for pair in PAIRS}
     assert declared("gw1", "node1") == {8080}
-    assert declared("mon1", "node1") == {9090}
+    assert declared("mon1", "node1") == {9090, 9100}
     assert declared(None, "gw1") == {22, 443}
 
 

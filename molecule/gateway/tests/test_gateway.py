@@ -1,12 +1,25 @@
 """Role gateway: the bridge /api/qwen, its clients, and nodes that come and go."""
 
 import json
+import os
+import socket
 import ssl
+import subprocess
+import threading
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def client_context(inventory):
+    """Trust in the lab's CA."""
+    return ssl.create_default_context(cafile=inventory("gw1", "pki_ca_dir") + "/ca.crt")
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +28,7 @@ def client(inventory):
     key = Path(inventory("gw1", "lab_client_key_file")).read_text().strip()
     with httpx.Client(
         base_url=f"https://{inventory('gw1', 'ansible_host')}",
-        verify=ssl.create_default_context(cafile=inventory("gw1", "pki_ca_dir") + "/ca.crt"),
+        verify=client_context(inventory),
         headers={"Authorization": f"Bearer {key}"},
         timeout=20,
     ) as result:
@@ -35,22 +48,197 @@ def test_both_nodes_are_used(client):
     assert hosts == {"node1", "node2"}
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic ZGVtbzpkZW1v"])
-def test_nobody_without_a_key_passes(client, header):
+def refused(answer, status, reason, on):
+    """A refusal as it should be, and its line in the log."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["reason"]) == (status, reason)
+    assert error["request_id"] == answer.headers["X-Request-ID"]
+    entry = logged(on, error["request_id"])
+    assert (entry["status"], entry["reason"]) == (status, reason)
+    return error, entry
+
+
+def logged(on, word):
+    """The last line of the access log in which a word stands."""
+    look = f"journalctl -u qwen-gateway -o cat --no-pager | grep -F -- '{word}'"
+    found = on("gw1").run(f"for i in 1 2 3 4 5; do {look} && exit; sleep 0.2; done")
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [(None, "no_key"), ("", "no_key"), ("Bearer", "no_key"), ("Basic ZGVtbzpkZW1v", "no_key"), ("Bearer wrong", "unknown_key")],
+)
+def test_nobody_without_a_key_passes(client, on, header, reason):
     request = client.build_request("POST", "/api/qwen/chat", json={})
     del request.headers["Authorization"]
     if header is not None:
         request.headers["Authorization"] = header
     answer = client.send(request)
-    assert answer.status_code == 401
+    error, entry = refused(answer, 401, reason, on)
     assert answer.headers["WWW-Authenticate"] == "Bearer"
-    error = answer.json()["error"]
     assert error["type"] == "authentication_error"
-    assert error["request_id"] == answer.headers["X-Request-ID"]
+    assert entry["client"] == "-"
+
+
+def keyed(name):
+    """The header of one of the clients that the scenario adds (converge.yml)."""
+    return {"Authorization": f"Bearer key-of-{name}"}
+
+
+def test_a_revoked_key_is_said(client, on):
+    error, entry = refused(client.post("/api/qwen/chat", json={}, headers=keyed("revoked")), 403, "revoked_key", on)
+    assert error["type"] == "permission_error"
+    assert entry["client"] == "revoked"
+
+
+def test_a_rate_is_kept_and_refusals_do_not_count(client, on):
+    """Three requests within a minute, and not the fourth; the limit of one client is not another's."""
+    # what earlier runs left in the table
+    on("gw1").check_output(socket_program("clear table clients key rated"))
+    answers = [client.post("/api/qwen/chat", json={}, headers=keyed("rated")) for _ in range(3)]
+    assert [a.status_code for a in answers] == [200] * 3
+    for _ in range(3):
+        answer = client.post("/api/qwen/chat", json={}, headers=keyed("rated"))
+        error, entry = refused(answer, 429, "rate_limit", on)
+        assert (error["limit"], error["value"], entry["client"]) == (3, 3, "rated")
+        assert answer.headers["Retry-After"] == "21"
+    assert client.post("/api/qwen/chat", json={}).status_code == 200
+
+
+def test_concurrency_counts_requests_and_comes_down(client, on):
+    """Two at the same time, over one connection or several; an ended or cancelled stream makes room at once."""
+
+    def ask(**body):
+        return client.build_request("POST", "/api/qwen/chat", json=body, headers=keyed("narrow"))
+
+    # requests one after another on a connection that is kept are one at a time
+    assert [client.send(ask()).status_code for _ in range(5)] == [200] * 5
+    streams = [client.send(ask(stream=True, events=40), stream=True) for _ in range(2)]
+    try:
+        assert [s.status_code for s in streams] == [200, 200]
+        answer = client.send(ask())
+        error, entry = refused(answer, 429, "concurrency_limit", on)
+        assert (error["limit"], error["value"], entry["client"]) == (2, 3, "narrow")
+        assert answer.headers["Retry-After"] == "1"
+        streams.pop().close()  # cancelled
+        time.sleep(0.5)
+        assert client.send(ask()).status_code == 200
+        with client.stream("POST", "/api/qwen/chat", json={"stream": True, "events": 2}, headers=keyed("narrow")) as ended:
+            assert len([line for line in ended.iter_lines() if line]) == 2
+        time.sleep(0.5)
+        assert client.send(ask()).status_code == 200
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def test_limits_of_the_body(client, on):
+    limit, unsized = 4194304, 131072
+    fits = json.dumps({"text": "x" * (limit - 12)}).encode()
+    assert len(fits) == limit
+    assert client.post("/api/qwen/chat", content=fits).status_code == 200
+    error, entry = refused(client.post("/api/qwen/chat", content=fits + b" "), 413, "body_too_large", on)
+    assert (error["limit"], error["value"], entry["client"]) == (limit, limit + 1, "demo")
+    # without a length
+    assert client.post("/api/qwen/chat", content=iter([b'{"a": ', b"1}"])).status_code == 200
+    error, _ = refused(client.post("/api/qwen/chat", content=iter([fits[: unsized + 1]])), 411, "length_required", on)
+    assert error["limit"] == unsized
+
+
+def test_limits_of_the_head(client, on):
+    error, _ = refused(client.get("/api/qwen/health", headers={"X-Long": "x" * 16384}), 431, "header_too_large", on)
+    assert error["limit"] == 16384 < error["value"]
+    error, _ = refused(client.get("/api/qwen/health", headers={f"X-{n}": "1" for n in range(70)}), 431, "too_many_headers", on)
+    assert error["limit"] == 64 < error["value"]
+
+
+def raw(client, head, *, wait=12.0, tls=None):
+    """Send bytes over TLS and give what comes back, and after how long."""
+    context = tls or ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection((client.base_url.host, 443), timeout=wait) as plain, context.wrap_socket(plain) as connection:
+        connection.sendall(head)
+        began, answer = time.monotonic(), b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+        return answer, time.monotonic() - began
+
+
+def test_slow_heads_and_bodies_end_after_ten_seconds(client, on):
+    """The head by HAProxy's own plain text (it has no other before there is a request), the body as JSON."""
+    key = client.headers["Authorization"]
+    begin = f"POST /api/qwen/chat HTTP/1.1\r\nHost: gw1\r\nAuthorization: {key}\r\n"
+    head = begin + "X-Request-ID: slow-body\r\nContent-Length: 100\r\n\r\nabc"
+    chunked = begin + "X-Request-ID: slow-chunks\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda text: raw(client, text.encode()), [head[:60], head, chunked]))
+    for answer, seconds in answers:
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert 9 < seconds < 12
+    assert logged(on, "slow-body")["reason"] == logged(on, "slow-chunks")["reason"] == "timeout"
+    assert logged(on, '"reason":"bad_request"')["status"] in (0, 408)
+
+
+def test_what_is_no_http_is_refused(client, on):
+    answer, _ = raw(client, b"NO HTTP AT ALL\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert logged(on, '"reason":"bad_request"')["client"] == "-"
+
+
+def test_plain_http_and_old_tls_are_refused(client, on):
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://{client.base_url.host}:443/api/qwen/health")
+    assert logged(on, "http request")["reason"] == "tls"
+    for version in (ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2):
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname = False
+        old.set_ciphers("DEFAULT:@SECLEVEL=0")
+        old.minimum_version = ssl.TLSVersion.TLSv1
+        old.maximum_version = version
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            raw(client, b"GET / HTTP/1.1\r\n\r\n", tls=old)
+    assert logged(on, "unsupported protocol")["reason"] == "tls"
+
+
+def test_answers_say_nothing_about_the_server(client):
+    for answer in (client.post("/api/qwen/chat", json={}), client.get("/api/qwen/none")):
+        assert not {"server", "x-powered-by", "via", "x-internal"} & set(answer.headers)
+        assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
+
+
+def test_a_client_does_not_say_where_it_comes_from(client):
+    given = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Host": "a", "Forwarded": "for=192.0.2.1", "X-Real-IP": "192.0.2.1"}
+    seen = {name.lower() for name in client.post("/api/qwen/chat", json={}, headers=given).json()["headers"]}
+    assert not seen & {name.lower() for name in given}
+
+
+def test_the_bridge_is_described_to_its_clients(client, on):
+    refused(httpx.get(client.base_url.join("/api/qwen/bridge"), verify=False), 401, "no_key", on)
+    document = client.get("/api/qwen/bridge", headers=keyed("narrow")).json()
+    assert document["base_url"] == f"{client.base_url}/api/qwen".replace("//api", "/api")
+    assert document["client"] == {"name": "narrow", "requests_per_minute": 0, "concurrency": 2}
+    assert document["limits"]["body_bytes"] == 4194304
+    assert document["models"] == ["qwen-coder-tiny"]
+    for entry in document["paths"]:  # what it says is what is admitted
+        for method in entry["methods"]:
+            assert client.request(method, f"/api/qwen{entry['path']}", json={}).status_code == 200
+
+
+def socket_program(command):
+    """A command for the admin socket."""
+    return (
+        "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/qwen-gateway/admin.sock'); "
+        f"s.sendall(b'{command}\\n'); print(s.makefile().read())\""
+    )
 
 
 def test_the_hash_of_a_key_is_no_key(client, on):
     line = on("gw1").file("/etc/qwen-gateway/clients.map").content_string.splitlines()[-1]
+    assert len(line.split()[0]) == 64
     assert client.post("/api/qwen/chat", json={}, headers={"Authorization": f"Bearer {line.split()[0]}"}).status_code == 401
 
 
@@ -58,18 +246,31 @@ def test_the_key_goes_no_further(client):
     assert "authorization" not in {k.lower() for k in client.post("/api/qwen/chat", json={}).json()["headers"]}
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/chat", "/api/qwen", "/api/qwen/", "/api/qwen/ready", "/api/qwen/metrics", "/api/qwen/docs", "/api/qwenchat"]
-)
-def test_other_paths_are_unknown(client, path):
-    answer = client.get(path)
-    assert answer.status_code == 404
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+OTHER_PATHS = [
+    "/", "/chat", "/api/qwen", "/api/qwen/", "/api/qwenchat", "/api/qwen/ready", "/api/qwen/live", "/api/qwen/metrics", "/api/qwen/docs",
+    "/api/qwen/redoc", "/api/qwen/openapi.json", "/api/qwen/tokenize", "/api/qwen/detokenize", "/api/qwen/pause", "/api/qwen/resume",
+    "/api/qwen/invocations", "/api/qwen/pooling", "/api/qwen/score", "/api/qwen/v1/completions", "/api/qwen/v1/embeddings",
+    "/api/qwen/v1/load_lora_adapter", "/api/qwen/collective_rpc", "/api/qwen/sleep", "/api/qwen/reset_prefix_cache",
+    "//api/qwen/chat", "/api/qwen//chat", "/api/qwen/../chat", "/api/qwen/x/../chat", "/api/qwen/%2e/chat", "/api/qwen/%63hat",
+    "/api/qwen/chat;x=1", "/api/qwen/chat/", "/api/qwen/CHAT", "/API/qwen/chat", "/api/qwen/chat%00", "/api/qwen/chat%3f", '/api/qwen/a"]',
+]  # fmt: skip
 
 
-def test_other_methods_are_named(client):
+@pytest.mark.parametrize("path", OTHER_PATHS)
+def test_other_paths_are_unknown(client, on, path):
+    """To the letter: no client's library gets to tidy the path."""
+    mark = uuid.uuid4().hex
+    head = f"GET {path} HTTP/1.1\r\nHost: gw1\r\nAuthorization: {client.headers['Authorization']}\r\n"
+    answer, _ = raw(client, f"{head}X-Request-ID: {mark}\r\nConnection: close\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["reason"] == "path"
+    entry = logged(on, mark)
+    assert (entry["client"], entry["reason"], entry["request"]) == ("demo", "path", f"GET {path}")
+
+
+def test_other_methods_are_named(client, on):
     answer = client.get("/api/qwen/chat")
-    assert answer.status_code == 405
+    refused(answer, 405, "method", on)
     assert answer.headers["Allow"] == "POST"
 
 
@@ -83,8 +284,6 @@ def test_request_id_is_kept_if_sane_and_made_if_not(client):
 
 
 def test_a_stream_is_not_buffered(client):
-    import time
-
     times = []
     with client.stream("POST", "/api/qwen/chat", json={"stream": True}) as answer:
         for line in answer.iter_lines():
@@ -92,6 +291,81 @@ def test_a_stream_is_not_buffered(client):
                 times.append(time.monotonic())
     assert len(times) == 5
     assert times[-1] - times[0] > 1.2
+
+
+def role(host, name, tasks, **variables):
+    """Run a role, or one entry point of it, on a host, as a playbook would."""
+    run = subprocess.run(
+        ["ansible", "-i", Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent, host, "-m", "ansible.builtin.include_role",
+         "-a", f"name={name} tasks_from={tasks}", "-e", json.dumps(variables)],
+        env={**os.environ, "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def put(host, path, content):
+    """Write a file of the identity, as role pki would."""
+    host.check_output("umask 077 && printf %s %s > %s", "%s", content, path)
+
+
+def worker(host, instance):
+    """Process id of the present worker."""
+    return host.check_output(f"pgrep -P $(systemctl show -p MainPID --value {instance}) | tail -1")
+
+
+def test_no_request_is_lost_while_keys_certificates_and_cas_change(client, on, inventory):
+    """A stream, and eight clients that keep their connections, across a certificate, a revoked key, and three reloads."""
+    gateway, made = on("gw1"), Path(inventory("gw1", "pki_ca_dir")) / "test"
+    paths = {f"/etc/qwen-pki/{name}": gateway.file(f"/etc/qwen-pki/{name}").content_string for name in ("host.crt", "host.key", "ca.crl")}
+    stop, answers = threading.Event(), []
+
+    def keep_asking():
+        with httpx.Client(base_url=client.base_url, verify=client_context(inventory), headers=client.headers, timeout=30) as own:
+            while not stop.is_set():
+                try:
+                    answers.append(own.post("/api/qwen/chat", json={}).status_code)
+                except httpx.HTTPError as error:
+                    answers.append(repr(error))
+                time.sleep(0.25)
+
+    def stream(headers):
+        with client.stream("POST", "/api/qwen/chat", json={"stream": True, "events": 150}, headers=headers) as answer:
+            return len([line for line in answer.iter_lines() if line])
+
+    paths["/etc/qwen-gateway/clients.map"] = gateway.file("/etc/qwen-gateway/clients.map").content_string
+    clients = inventory("gw1", "gateway_clients")
+    with ThreadPoolExecutor(10) as pool:
+        streams = [pool.submit(stream, keyed("narrow")), pool.submit(stream, {})]
+        time.sleep(1)
+        askers = [pool.submit(keep_asking) for _ in range(8)]
+        try:
+            first = worker(gateway, "qwen-gateway")
+            for end in ("crt", "key"):
+                put(gateway, f"/etc/qwen-pki/host.{end}", (made / f"good.{end}").read_text())
+            role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
+            serial = gateway.check_output("openssl x509 -noout -serial -in /etc/qwen-pki/host.crt")
+            shown = "echo | openssl s_client -connect localhost:443 2>/dev/null | openssl x509 -noout -serial"
+            assert gateway.check_output(shown) == serial
+            assert worker(gateway, "qwen-gateway") == first  # nothing but memory changed
+
+            role("gw1", "gateway", "main", gateway_clients=clients)  # without the scenario's own clients
+            assert client.post("/api/qwen/chat", json={}, headers=keyed("narrow")).status_code == 401
+            revoked = (made / "revoked.crl").read_text()
+            for crl in (revoked, paths["/etc/qwen-pki/ca.crl"], revoked):
+                before = worker(gateway, "qwen-gateway")
+                put(gateway, "/etc/qwen-pki/ca.crl", crl)
+                role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
+                assert worker(gateway, "qwen-gateway") != before
+            assert [s.result(timeout=90) for s in streams] == [150, 150]
+        finally:
+            stop.set()
+            for asker in askers:
+                asker.result(timeout=60)
+            for path, content in paths.items():
+                put(gateway, path, content)
+            role("gw1", "haproxy", "identity", haproxy_instance="qwen-gateway")
+    assert len(answers) > 500
+    assert {*answers} == {200}
 
 
 def test_a_stopped_service_costs_no_request(client, on):
@@ -116,11 +390,10 @@ def test_no_node_at_all_is_said_in_json(client, on):
             on(name).check_output("systemctl start upstream@8080")
     assert answer.status_code == 503
     assert answer.json()["error"]["type"] == "overloaded_error"
+    assert logged(on, answer.headers["X-Request-ID"])["reason"] in ("no_node", "node")
 
 
 def test_a_node_that_is_not_ready_gets_nothing_and_comes_back(client, on):
-    import time
-
     def hosts():
         return {client.post("/api/qwen/chat", json={}).json()["host"] for _ in range(12)}
 

@@ -28,6 +28,14 @@ def test_reload_lets_a_stream_end(on):
     assert stream.stdout.split() == ["one", "rc=0", "same=yes", "10"]
 
 
+def test_another_certificate_is_shown(on):
+    """side_effect.yml gave it to instance `one`, without a reload."""
+    host = on("gw1")
+    serial = host.check_output("openssl x509 -noout -serial -in /root/good.crt")
+    assert host.check_output("echo | openssl s_client -connect 127.0.0.1:8441 2>/dev/null | openssl x509 -noout -serial") == serial
+    assert host.check_output("echo | openssl s_client -connect 127.0.0.1:8442 2>/dev/null | openssl x509 -noout -serial") != serial
+
+
 def test_stop_lets_a_stream_end(on):
     stream = on("gw1").run(
         "curl -sSN --cacert /etc/qwen-pki/ca.crt --resolve gw1:8442:127.0.0.1 -H 'Content-Type: application/json' "
@@ -47,5 +55,5 @@ def test_unit_is_hardened(on, name):
 
 
 def test_key_is_readable_by_the_proxy_alone(on):
-    key = on("gw1").file("/etc/one/tls/host.pem.key")
+    key = on("gw1").file("/etc/one/tls/host.pem")
     assert (key.user, key.group, key.mode) == ("root", "haproxy", 0o640)

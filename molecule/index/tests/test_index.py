@@ -1,4 +1,4 @@
-"""Role qwen_service with packages from an index: the release is the one that a wheelhouse gives, and the password is nowhere."""
+"""Role qwen_service with packages from an index: the environment is the one that a wheelhouse gives, and the password is nowhere."""
 
 import json
 
@@ -13,8 +13,8 @@ def node(on):
 
 
 @pytest.fixture(scope="module")
-def release(node):
-    return node.check_output(f"echo {ROOT}/releases/*")
+def environment(node):
+    return node.check_output(f"echo {ROOT}/environments/*")
 
 
 def test_only_lock_and_service_were_copied(node):
@@ -25,23 +25,23 @@ def test_only_lock_and_service_were_copied(node):
     ]
 
 
-def test_every_locked_package_is_installed_in_its_version(node, release):
+def test_every_locked_package_is_installed_in_its_version(node, environment):
     lock = node.file(f"{ROOT}/wheelhouse/cpu.txt").content_string
     locked = {line.split(" ")[0].lower().replace("_", "-") for line in lock.splitlines() if "==" in line and line[0].isalnum()}
-    listed = json.loads(node.check_output(f"{release}/venv/bin/uv pip list --format json --python {release}/venv/bin/python"))
+    listed = json.loads(node.check_output(f"{environment}/venv/bin/uv pip list --format json --python {environment}/venv/bin/python"))
     installed = {f"{package['name'].lower().replace('_', '-')}=={package['version']}" for package in listed}
     assert locked
     assert locked <= installed
     assert "qwen-coder-service==0.1.0" in installed
 
 
-def test_the_service_can_be_imported(node, release):
-    assert node.run(f"{release}/venv/bin/python -c 'import qwen_coder_service.app, vllm'").rc == 0
+def test_the_service_can_be_imported(node, environment):
+    assert node.run(f"{environment}/venv/bin/python -c 'import qwen_coder_service.app, vllm'").rc == 0
 
 
-def test_its_name_is_that_of_a_release_from_a_wheelhouse(node, release, inventory):
-    about = json.loads(node.file(f"{release}/release.json").content_string)
-    assert release == f"{ROOT}/releases/{about['id']}"
+def test_its_name_is_that_of_an_environment_from_a_wheelhouse(node, environment, inventory):
+    about = json.loads(node.file(f"{environment}/environment.json").content_string)
+    assert environment == f"{ROOT}/environments/{about['id']}"
     assert about["lock"] == "cpu.txt"
     assert set(about) == {"id", "profile", "lock", "installer", "service"}
 

@@ -1,5 +1,7 @@
 """Role mtls_proxy: who is answered, who is not, and what is passed on."""
 
+import json
+
 import pytest
 
 SERVICE, METRICS = "https://node1:8080", "https://node1:9090"
@@ -25,6 +27,11 @@ REFUSED = {
     "certificate of a node, for serving only": ("node1", SERVICE, f"{IDENTITY} {CA}"),
     "the gateway at the metrics": ("gw1", METRICS, f"{IDENTITY} {CA}"),
     "no certificate at the metrics": ("mon1", METRICS, CA),
+    "expired": ("gw1", SERVICE, f"--cert /root/expired.crt --key /root/expired.key {CA}"),
+    "not yet valid": ("gw1", SERVICE, f"--cert /root/not-yet-valid.crt --key /root/not-yet-valid.key {CA}"),
+    "revoked": ("gw1", SERVICE, f"--cert /root/revoked.crt --key /root/revoked.key {CA}"),
+    "right CA, name of nobody": ("gw1", SERVICE, f"--cert /root/mallory.crt --key /root/mallory.key {CA}"),
+    "TLS 1.1": ("gw1", SERVICE, f"--tls-max 1.1 --ciphers DEFAULT:@SECLEVEL=0 {IDENTITY} {CA}"),
     "TLS 1.2": ("gw1", SERVICE, f"--tls-max 1.2 {IDENTITY} {CA}"),
 }
 
@@ -49,9 +56,53 @@ def test_a_server_of_another_name_is_not_trusted(on, curl):
     assert (rc, status) == (60, 0)
 
 
+def test_a_good_certificate_made_the_same_way_is_answered(on, curl):
+    """What the ones above are refused for is what their names say."""
+    assert curl(on("gw1"), f"{SERVICE}/ready", f"--cert /root/good.crt --key /root/good.key {CA}")[:2] == (0, 200)
+
+
+def test_who_was_refused_and_why_stands_in_the_log(on, curl):
+    curl(on("gw1"), f"{SERVICE}/ready", REFUSED["right CA, name of nobody"][2])
+    curl(on("gw1"), f"{SERVICE}/ready", REFUSED["revoked"][2])
+    curl(on("gw1"), "http://node1:8080/ready", "")
+    lines = [json.loads(line) for line in on("node1").check_output("journalctl -u qwen-mtls-proxy -o cat | grep ^{").splitlines()]
+    assert any((line.get("client"), line.get("reason")) == ("mallory", "identity") for line in lines)
+    assert any(line.get("reason") == "tls" and "certificate verify failed" in line["detail"] for line in lines)
+    assert any(line.get("reason") == "tls" and "http request" in line["detail"] for line in lines)
+
+
+@pytest.mark.parametrize(("options", "status", "reason"), [
+    ("-H 'Content-Length: 4194305' -X POST", 413, "body_too_large"),
+    (f"-H 'X-Long: {'x' * 17000}'", 431, "header_too_large"),
+])  # fmt: skip
+def test_limits(on, curl, options, status, reason):
+    _, seen, body = curl(on("gw1"), f"{SERVICE}/chat", f"{IDENTITY} {CA} {options}")
+    assert (seen, json.loads(body)["error"]["reason"]) == (status, reason)
+
+
 @pytest.mark.parametrize(
     "path",
-    ["/", "/docs", "/openapi.json", "/metrics", "/invocations", "/pause", "/v1/completions", "/chat/", "/chat/x", "//chat"],
+    [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/metrics",
+        "/invocations",
+        "/pause",
+        "/v1/completions",
+        "/redoc",
+        "/tokenize",
+        "/detokenize",
+        "/pooling",
+        "/v1/embeddings",
+        "/live",
+        "/CHAT",
+        "/chat;x",
+        "/%63hat",
+        "/chat/",
+        "/chat/x",
+        "//chat",
+    ],
 )
 def test_other_paths_are_not_passed_on(on, curl, path):
     assert curl(on("gw1"), f"{SERVICE}{path}")[1] == 404
@@ -80,8 +131,8 @@ def test_a_stream_is_not_buffered(on):
 
 def test_refusals_stand_in_the_log_with_the_name(on):
     log = on("node1").check_output("journalctl -u qwen-mtls-proxy -o cat --no-pager")
-    assert '"peer":"mon1"' in log
-    assert '"peer":"gw1"' in log
+    assert '"client":"mon1"' in log
+    assert '"client":"gw1"' in log
 
 
 def test_unit(on):

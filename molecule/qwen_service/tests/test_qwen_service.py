@@ -84,7 +84,8 @@ def test_release_is_current_complete_and_rootss(node):
     assert current.startswith(f"{ROOT}/releases/")
     release = json.loads(node.file(f"{current}/release.json").content_string)
     assert current.endswith(release["id"])
-    assert node.run(f"find {current}/ ! -user root -o -perm -o+w ! -type l | grep -q .").rc == 1
+    assert node.file(f"{current}/venv").linked_to == f"{ROOT}/environments/{release['environment']}/venv"
+    assert node.run(f"find {current}/ {current}/venv/ ! -user root -o -perm -o+w ! -type l | grep -q .").rc == 1
 
 
 def test_release_shares_its_files_with_a_cache_that_no_copy_deletes(node):
@@ -96,7 +97,7 @@ def test_release_shares_its_files_with_a_cache_that_no_copy_deletes(node):
 
 
 def test_env_file_holds_the_tier_and_no_unknown_engine_variable_is_seen(node):
-    env = node.file(f"{ROOT}/qwen-coder.env").content_string
+    env = node.file(f"{ROOT}/current/qwen-coder.env").content_string
     for line in (
         "QWEN_BACKEND=vllm",
         "VLLM_TENSOR_PARALLEL_SIZE=1",
@@ -163,12 +164,12 @@ def test_ends_are_counted_over_restarts(node):
     assert 'qwen_engine_ends_total{reason="stalled"} 1.0' in metrics
 
 
-@pytest.mark.parametrize("path", [f"{ROOT}/qwen-coder.env", "/etc/systemd/system/qwen-coder.service"])
-def test_the_dry_run_on_the_fresh_host_showed_what_was_then_written(node, path):
+@pytest.mark.parametrize("name", ["qwen-coder.env", "qwen-coder.service"])
+def test_the_dry_run_on_the_fresh_host_showed_what_was_then_written(node, name):
     """The first converge in the log is the dry run: what its diff adds is the file, whole."""
     log = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "ansible.log").read_text()
     log = re.sub(r"\x1b\[[0-9;]*m", "", log)
     dry_run = log.split("PLAY [Converge]")[1].split("PLAY RECAP")[0]
-    diff = re.search(rf"^\+\+\+ after: \S+{Path(path).name}(?:\.j2)?$\n@@ .*@@\n((?:\+.*\n)+)", dry_run, re.MULTILINE)
+    diff = re.search(rf"^\+\+\+ after: \S+/{name}$\n@@ .*@@\n((?:\+.*\n)+)", dry_run, re.MULTILINE)
     assert diff, dry_run[-3000:]
-    assert [line[1:] for line in diff.group(1).splitlines()] == node.file(path).content_string.splitlines()
+    assert [line[1:] for line in diff.group(1).splitlines()] == node.file(f"{ROOT}/current/{name}").content_string.splitlines()

@@ -8,6 +8,7 @@ import re
 import ssl
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -150,11 +151,11 @@ def test_the_node_comes_back_by_itself_after_the_power_cut(client, on):
     assert client.post("/chat", json=QUESTION).status_code == 200
 
 
-def site(*options):
-    """The site playbook on the scenario's inventory, as an operator would run it; what it printed, and its recap by host."""
+def run_playbook(playbook, *options):
+    """A playbook on the scenario's inventory, as an operator would run it; what it printed, and its recap by host."""
     inventory = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
     result = subprocess.run(
-        ["ansible-playbook", "-i", inventory, *options, ROOT / "playbooks/site.yml"],
+        ["ansible-playbook", "-i", inventory, *options, ROOT / f"playbooks/{playbook}.yml"],
         env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -162,26 +163,38 @@ def site(*options):
     return result.stdout, {host: int(changed) for host, changed in rows}
 
 
-def test_one_value_of_one_host_changes_one_file_and_restarts_one_service(on, tmp_path):
-    """Last, as it leaves node2 with the other value."""
+def test_another_value_of_one_host_is_another_release_of_it_and_goes_back(on, tmp_path):
     wait_until_both_serve(on)
     more = tmp_path / "more.yml"
     more.write_text("qwen_nodes: {hosts: {node2: {qwen_service_max_num_seqs: 24}}}\n")
     units = "systemctl show -p Id,InvocationID --value qwen-coder qwen-mtls-proxy qwen-gateway"
     began = {host: on(host).check_output("date +%s.%N") for host in HOSTS}
     before = {host: on(host).check_output(units).split() for host in HOSTS}
+    root, env = "/opt/qwen-coder-service", on("node2").file("/opt/qwen-coder-service/current/qwen-coder.env").content_string
+    first = on("node2").file(f"{root}/current").linked_to
 
-    output, changed = site("-i", more, "--check", "--diff")
-    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 1, "mon1": 0}  # on the control machine, the sizing audit
+    output, changed = run_playbook("site", "-i", more, "--check", "--diff")
+    # on the control machine, the sizing audit
+    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 2, "mon1": 0}
     assert re.findall(r"^[-+](?![-+]).*max_num_seqs.*$", output, re.MULTILINE)[-2:] == ["-max_num_seqs=32", "+max_num_seqs=24"]
 
-    _, changed = site("-i", more)
-    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 2, "mon1": 0}  # the file and the restart
+    _, changed = run_playbook("site", "-i", more)
+    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 3, "mon1": 0}  # the release, the switch and the restart
     touched = "find /etc /opt -xdev -type f -newermt @%s -not -path '*/cache/*'"
-    assert {host: on(host).check_output(touched, began[host]).split() for host in HOSTS} == {
-        "gw1": [], "node1": [], "node2": ["/opt/qwen-coder-service/qwen-coder.env"], "mon1": [],
+    second = on("node2").file(f"{root}/current").linked_to
+    assert second != first
+    assert {host: sorted(on(host).check_output(touched, began[host]).split()) for host in HOSTS} == {
+        "gw1": [], "node1": [], "mon1": [],
+        "node2": [f"{second}/{name}" for name in ("qwen-coder.env", "qwen-coder.service", "release.json")],
     }  # fmt: skip
     after = {host: on(host).check_output(units).split() for host in HOSTS}
     restarted = {host: [unit for unit in after[host] if unit not in before[host]] for host in HOSTS}
     assert {host: len(units) for host, units in restarted.items()} == {"gw1": 0, "node1": 0, "node2": 1, "mon1": 0}
+    assert on("node2").check_output("curl -fsS http://127.0.0.1:8080/ready")
+
+    output, changed = run_playbook("rollback", "--limit", "node2,localhost")
+    assert changed == {"localhost": 0, "node2": 2}
+    assert f"node2 runs {Path(first).name}; before, it was {Path(second).name}." in output
+    assert on("node2").file(f"{root}/current/qwen-coder.env").content_string == env
+    assert on("node2").check_output(units).split()[:2] != after["node2"][:2]
     assert on("node2").check_output("curl -fsS http://127.0.0.1:8080/ready")

@@ -71,7 +71,7 @@ def test_every_unit_has_few_rights(on, name):
     host = on(name)
     units = set(host.check_output("systemctl list-unit-files --no-legend --type=service 'qwen*' | awk '{print $1}'").split())
     parts = {"gw1": {"qwen-gateway"}, "mon1": set()}.get(name, {"qwen-coder", "qwen-mtls-proxy"})
-    assert {f"{part}.service" for part in parts | {"qwen-firewall"}} <= units
+    assert {f"{part}.service" for part in parts | {"qwen-firewall", "qwen-exporters"}} <= units
     exposed = {}
     for unit in units:
         said = host.check_output(f"systemd-analyze security --no-pager {unit}")
@@ -80,8 +80,9 @@ def test_every_unit_has_few_rights(on, name):
 
 
 def body(pem: str) -> str:
-    """What stands in a key's file and nowhere else."""
-    return pem.splitlines()[1]
+    """What stands in a key's file and nowhere else; the first lines of two keys of ssh are the same."""
+    lines = pem.splitlines()
+    return lines[len(lines) // 2]
 
 
 def test_secrets_are_in_their_own_files_only(on, inventory, rotated, tmp_path):
@@ -107,12 +108,15 @@ def test_secrets_are_in_their_own_files_only(on, inventory, rotated, tmp_path):
     on("mon1").check_output("rm /var/tmp/planted")
 
     left = {name: {secret: sorted(places) for secret, places in json.loads((found / name).read_text()).items() if places} for name in HOSTS}
-    own = "/etc/qwen-pki/host.key"
+    own, exporters = "/etc/qwen-pki/host.key", "/etc/qwen-exporters/tls/host.pem"
     assert left == {
-        "gw1": {"key of gw1": ["/etc/qwen-gateway/tls/host.pem", own]},
-        "node1": {"key of node1": ["/etc/qwen-mtls-proxy/tls/host.pem", own]},
-        "node2": {"key of node2": ["/etc/qwen-mtls-proxy/tls/host.pem", own]},
-        "mon1": {"key of mon1": [own], "planted": ["/var/tmp/planted", "the journal (planter)"]},
+        "gw1": {"key of gw1": [exporters, "/etc/qwen-gateway/tls/host.pem", own]},
+        "node1": {"key of node1": [exporters, "/etc/qwen-mtls-proxy/tls/host.pem", own]},
+        "node2": {"key of node2": [exporters, "/etc/qwen-mtls-proxy/tls/host.pem", own]},
+        "mon1": {
+            "key of mon1": [exporters, own, "/etc/qwen-prometheus/tls/host.key"],
+            "planted": ["/var/tmp/planted", "the journal (planter)"],
+        },
     }
 
     playbook("playbooks/site.yml", "--check", "--diff", "-vvv", "--limit", "gw1,localhost")

@@ -47,8 +47,8 @@ def _wrong_tier(host: str, variables: Mapping[str, Any], words: Mapping[str, Any
 def _wrong_ports(host: str, variables: Mapping[str, Any], words: Mapping[str, Any], parts: set[str]) -> list[str]:
     found = []
     ports: dict[str, int] = {}
-    for name, (default, part) in words["ports"].items():
-        if part not in parts:
+    for name, (default, openers) in words["ports"].items():
+        if not parts & set(openers):
             continue
         seen = _value(variables, name, default)
         try:
@@ -71,6 +71,8 @@ def _unset(host: str, variables: Mapping[str, Any], words: Mapping[str, Any], pa
         if not parts & set(entry["parts"]):
             continue
         try:
+            if any(_value(variables, other) == value for other, value in entry.get("unless", {}).items()):
+                continue
             value, reason = _value(variables, name), ""
         except LookupError as error:
             value, reason = None, f" ({error})"
@@ -88,7 +90,7 @@ def qwen_inventory_problems(
         hostvars: Ansible's ``hostvars``.
         groups: Ansible's ``groups``.
         words: the group variables and tier of role ``qwen`` by their names, ``tiers`` (known names), ``ports``
-            (variable -> [default, part]) and ``required`` (variable -> {parts, to}); a part is gateway, node or
+            (variable -> [default, parts]) and ``required`` (variable -> {parts, to, unless}); a part is gateway, node or
             monitoring.
 
     Returns:

@@ -91,9 +91,9 @@ def model(path: str) -> dict[str, Any]:
 
 
 def profiles(root: str) -> list[str]:
-    """The profiles of complete releases."""
+    """The profiles of complete environments."""
     found = set()
-    for file in Path(root, "releases").glob("*/release.json"):
+    for file in Path(root, "environments").glob("*/environment.json"):
         try:
             found.add(str(json.loads(file.read_text(encoding="utf-8"))["profile"]))
         except (OSError, ValueError, KeyError):
