@@ -54,7 +54,8 @@ def sd_notify(message: str) -> None:
     """Tell systemd (sd_notify(3)). Does nothing when systemd did not start this process.
 
     gunicorn would report readiness as soon as its arbiter runs, minutes before the model is loaded; ``gunicorn_conf`` therefore
-    moves the socket's name to a variable of ours.
+    moves the socket's name to a variable of ours. A manager that does not read must not stop the service: its queue is short, and a full
+    one is waited for 5 s where the state of the service changes, and not at all by the watchdog, which comes again.
     """
     address = os.environ.get("QWEN_NOTIFY_SOCKET")
     if not address:
@@ -63,6 +64,7 @@ def sd_notify(message: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(0 if message == "WATCHDOG=1" else 5)
             sock.connect(address)
             sock.sendall(message.encode())
     except OSError as error:

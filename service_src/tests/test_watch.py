@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import httpx
 import pytest
 from conftest import FakeBackend
 
-from qwen_coder_service.lifecycle import End, Ends, Watch
+from qwen_coder_service.lifecycle import End, Ends, Watch, sd_notify
 
 STALL_S = 0.4
 
@@ -113,3 +115,29 @@ def test_ends_are_counted_over_restarts_and_a_broken_file_is_no_reason_not_to_st
     assert Ends(tmp_path).counts == {"died": 2, "stalled": 0}
     (tmp_path / "ends.json").write_text("{")
     assert Ends(tmp_path).counts == {"died": 0, "stalled": 0}
+
+
+def test_a_manager_that_does_not_read_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("QWEN_NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        manager.bind(str(tmp_path / "notify"))
+        other.connect(str(tmp_path / "notify"))
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                other.send(b"STATUS=full")
+        began = time.monotonic()
+        sd_notify("WATCHDOG=1")
+        assert time.monotonic() - began < 2
+        assert "systemd cannot be told 'WATCHDOG=1'" in caplog.text
+        # a change of state waits for its turn
+        reader = threading.Timer(0.5, manager.recv, [4096])
+        reader.start()
+        sd_notify("READY=1")
+        reader.join()
+        manager.setblocking(False)
+        heard = []
+        with pytest.raises(BlockingIOError):
+            while True:
+                heard.append(manager.recv(4096))
+        assert heard[-1] == b"READY=1"
