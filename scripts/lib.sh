@@ -20,6 +20,12 @@ phase() {
   printf '\n== %s\n' "$1"
 }
 
+# jobs two at a time, in this order; each prints when it has ended. What failed is named at the end.
+at_the_same_time() {
+  phase "two at a time, each prints when it has ended: $*"
+  printf '%s\n' "$@" | xargs -P 2 -n 1 --process-slot-var=LANE scripts/job || die "not everything passed: look for FAILED above"
+}
+
 summary() {
   end_phase
   printf '\n'
