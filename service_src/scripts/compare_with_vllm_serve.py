@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Compare this service with `vllm serve`: both run side by side with the same engine settings, `vllm bench serve` asks them in turn.
+"""Compare this service with `vllm serve`: both run side by side with the same engine settings, a load generator asks them in turn.
+
+`vllm bench serve` gives tokens/s and the times of tokens. It is written in Python and reads every event: on a machine that it shares
+with the servers it takes about as much of the processor as they do, and what it takes is the same for both. `--generator wrk` (Debian's
+package wrk) takes next to nothing, and gives tokens/s and the time of a whole answer.
 
 For each concurrency the two are measured in pairs, in changing order, and the median of the pairs' ratios is printed: what slows
 the machine for a while slows both of a pair. Run it with the Python of a release or of the tests' environment:
@@ -15,6 +19,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
+import re
 import socket
 import statistics
 import subprocess
@@ -33,6 +39,8 @@ NAME = "compared"
 # the system message of the tiny model's template: `vllm serve` knows no other, and both must get the same prompts
 PERSONA = "You are a helpful assistant."
 START_TIMEOUT_S = 600
+# one token each, or a few
+WORDS = ["add", "list", "sort", "file", "name", "loop", "test", "class", "value", "return", "string", "number"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,47 @@ def bench(url: str, settings: Settings, concurrency: int, options: argparse.Name
     )
 
 
+WRK = """
+local bodies = {}
+for line in io.lines(os.getenv("QWEN_WRK_BODIES")) do bodies[#bodies + 1] = line end
+local turn = 0
+request = function()
+  turn = turn % #bodies + 1
+  return wrk.format("POST", "/v1/chat/completions", {["Content-Type"] = "application/json"}, bodies[turn])
+end
+done = function(summary, latency)
+  local bad = summary.errors
+  print(string.format("found %d %f %f %d", summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
+                      bad.connect + bad.read + bad.write + bad.status + bad.timeout))
+end
+"""
+
+
+def wrk(url: str, settings: Settings, concurrency: int, options: argparse.Namespace, work: Path) -> Figures:
+    """One run of wrk, with as many different prompts as ``vllm bench serve`` would send.
+
+    Raises:
+        SystemExit: the load generator failed.
+    """
+    script, bodies = work / "wrk.lua", work / "bodies.jsonl"
+    script.write_text(WRK, encoding="utf-8")
+    random.seed(0)
+    with bodies.open("w", encoding="utf-8") as lines:
+        for _ in range(concurrency * options.requests):
+            words = " ".join(random.choice(WORDS) for _ in range(options.input_len))
+            body = {"model": NAME, "messages": [{"role": "user", "content": words}], "max_completion_tokens": options.output_len}
+            body |= {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+            lines.write(json.dumps(body) + "\n")
+    command = ["wrk", "--threads", "1", "--connections", str(concurrency), "--duration", f"{options.seconds}s", "--timeout", "60s"]
+    command += ["--script", str(script), url]
+    done = subprocess.run(command, env={**os.environ, "QWEN_WRK_BODIES": str(bodies)}, capture_output=True, text=True, check=False)
+    found = re.search(r"^found (\d+) (\S+) (\S+) (\d+)$", done.stdout, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"wrk failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    requests, seconds, whole_ms, failed = int(found[1]), float(found[2]), float(found[3]), int(found[4])
+    return Figures(requests * options.output_len / seconds, whole_ms, whole_ms / options.output_len, whole_ms / options.output_len, failed)
+
+
 def main() -> None:
     """Measure, print the ratios, and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,7 +229,10 @@ def main() -> None:
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=32 << 20)
     parser.add_argument("--output", type=Path, help="file for all figures, as JSON")
+    parser.add_argument("--generator", choices=["vllm", "wrk"], default="vllm", help="what asks: vllm bench serve, or wrk")
+    parser.add_argument("--seconds", type=int, default=15, help="of a run of wrk")
     options = parser.parse_args()
+    generator = {"vllm": bench, "wrk": wrk}[options.generator]
 
     with tempfile.TemporaryDirectory(prefix="compare-") as name, contextlib.ExitStack() as running:
         work = Path(name)
@@ -219,7 +271,7 @@ def main() -> None:
             for index in range(options.rounds):
                 pair = {}
                 for who in sorted(urls, reverse=bool(index % 2)):
-                    pair[who] = bench(urls[who], settings, concurrency, options, work)
+                    pair[who] = generator(urls[who], settings, concurrency, options, work)
                 pairs.append((pair["service"], pair["vllm serve"]))
                 failed += pair["service"].failed
             report["runs"] += [{"concurrency": concurrency, "service": vars(a), "vllm serve": vars(b)} for a, b in pairs]
