@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import metric_names
 import pytest
@@ -130,3 +131,35 @@ def test_the_journal_has_its_limits(on):
     assert {"SystemMaxUse=2G", "MaxRetentionSec=30day", "RateLimitBurst=20000", "Storage=persistent"} <= set(settings)
     # what journald says when it starts: it took the limits
     assert "max 2.0G" in on("node1").check_output("journalctl --no-pager -o cat -t systemd-journald")
+
+
+LOGS = Path(__file__).resolve().parents[3] / "docs/logs"
+# this host sends its own journal to the store that it is; only the store's address is another than in the examples
+CENTRAL_STORE = """set -e
+apt-get install -y -qq --no-install-recommends systemd-journal-remote >/dev/null
+cd /tmp/logs
+install -D -m 644 journal-upload.conf /etc/systemd/journal-upload.conf.d/60-qwen.conf
+sed -i s/logs.example.org/mon1/ /etc/systemd/journal-upload.conf.d/60-qwen.conf
+for unit in upload.service remote.service remote.socket; do
+  install -D -m 644 journal-$unit.conf /etc/systemd/system/systemd-journal-$unit.d/60-qwen.conf
+done
+install -d -m 700 /etc/qwen-logs
+(umask 077 && cat /etc/qwen-pki/host.crt /etc/qwen-pki/host.key > /etc/qwen-logs/host.pem)
+systemctl daemon-reload
+systemd-run -q --unit qwen-logs haproxy -f /tmp/logs/haproxy.cfg
+systemctl restart systemd-journal-remote.socket systemd-journal-upload
+"""
+
+
+def test_the_example_of_a_central_store_keeps_lines_of_who_has_a_certificate(on, curl):
+    host = on("mon1")
+    host.check_output("mkdir -p /tmp/logs")
+    for file in LOGS.iterdir():
+        host.check_output("printf '%%s' %s > %s", file.read_text(), f"/tmp/logs/{file.name}")
+    host.check_output("bash -c %s", CENTRAL_STORE)
+    host.check_output("logger -t probe this-arrives")
+    until(lambda: host.run("journalctl -D /var/log/journal/remote -t probe -o cat | grep -q this-arrives").rc == 0, 60)
+    for options in (CA, f"--cert /root/foreign.crt --key /root/foreign.key {CA}"):
+        rc, status, _ = curl(host, "https://mon1:19532/upload", f"-X POST {options}")
+        assert (rc != 0, status) == (True, 0)
+    host.check_output("systemctl stop systemd-journal-upload systemd-journal-remote.socket systemd-journal-remote qwen-logs")
