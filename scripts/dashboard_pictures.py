@@ -29,8 +29,8 @@ TARGET = ROOT / "docs/dashboards"
 # pixels of one step of Grafana's grid, between panels, and above them
 COLUMN, ROW, GAP, HEAD = 50, 28, 8, 44
 POINTS = 120
-# more lines than these cannot be told apart
-LINES = 10
+# of names below a graph; what has none there is not drawn
+ROWS = 3
 COLOURS = ("#3274d9", "#56a64b", "#f2cc0c", "#e0226e", "#8f3bb8", "#ff780a", "#37872d", "#5195ce", "#b877d9", "#806eb7")
 STEPS = {"green": "#37872d", "yellow": "#c69b06", "red": "#c4162a", "blue": "#1f60c4"}
 # what a line of text can have besides
@@ -93,31 +93,39 @@ def text(x: float, y: float, words: str, size: int = 11, fill: str = "#444", mor
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}"{more}>{escape(words)}</text>'
 
 
-def round_steps(top: float) -> list[float]:
-    """Up to five round values from 0 to ``top`` or a little more."""
-    rough = top / 4
+def round_steps(top: float, unit: str) -> list[float]:
+    """Up to five values from 0 to ``top`` or a little more, which are round in the unit's size."""
+    size = 1.0
+    if unit in ("bytes", "Bps") and top >= 1024:
+        size = 1024.0 ** int(math.log(top, 1024))
+    elif unit == "s" and top >= 120:
+        size = 3600.0 if top >= 7200 else 60.0
+    top = top if top > 0 else 1.0
+    rough = top / size / 4
     power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    return [step * at for at in range(math.ceil(top / step - 1e-9) + 1)]
+    step = size * next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    return [step * at for at in range(max(1, math.ceil(top / step - 1e-9)) + 1)]
 
 
 def lines(series: Sequence[tuple[str, list[tuple[float, float]]]], unit: str, span: Span, width: float, height: float) -> str:
     """A graph: axes, a line for each series, their names below."""
-    drawn = series[:LINES]
+    # names in rows, as wide as they are
+    places: list[tuple[str, float, int]] = []
+    x, rows = 10.0, 1
+    for name, _ in series:
+        wide = 24 + len(name or "value") * 6.2
+        if x + wide > width and x > 10:
+            x, rows = 10.0, rows + 1
+        if rows > ROWS or len(places) == len(COLOURS):
+            break
+        places.append((name or "value", x, rows))
+        x += wide
+    rows, drawn = places[-1][2] if places else 1, series[: len(places)]
     finite = [value for _, points in drawn for _, value in points if math.isfinite(value)]
     if not finite:
         return text(width / 2, height / 2, "no data", 13, "#999", MIDDLE)
-    below, names = 16, [name or "value" for name, _ in drawn]
-    # names in rows, as wide as they are
-    places, x, rows = [], 10.0, 1
-    for name in names:
-        wide = 22 + len(name) * 5.6
-        if x + wide > width and x > 10:
-            x, rows = 10.0, rows + 1
-        places.append((x, rows))
-        x += wide
-    left, top, right, bottom = 52.0, 30.0, width - 10, height - below - 14 * rows
-    ticks = round_steps(max(max(finite), 1e-6))
+    left, top, right, bottom = 52.0, 30.0, width - 10, height - 16 - 14 * rows
+    ticks = round_steps(max(finite), unit)
     low = min(0.0, min(finite))
 
     def at(when: float, value: float) -> str:
@@ -141,15 +149,15 @@ def lines(series: Sequence[tuple[str, list[tuple[float, float]]]], unit: str, sp
                 before = None
                 continue
             # a gap where nothing was scraped
-            path += f"{'M' if before is None or when - before > span.step * 1.5 else 'L'}{at(when, value)}"
+            path += f"L{at(when, value)}" if before is not None and when - before < span.step * 1.5 else f"M{at(when, value)}h0"
             before = when
         parts.append(f'<path d="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="1.5" stroke-linecap="round"/>')
-    for number, (name, (across, row)) in enumerate(zip(names, places, strict=True)):
+    for number, (name, across, row) in enumerate(places):
         y = bottom + 12 + row * 14
         parts.append(f'<path d="M{across:.0f} {y - 4:.0f}h12" stroke="{COLOURS[number]}" stroke-width="3"/>')
         parts.append(text(across + 16, y, name, 10))
-    if len(series) > LINES:
-        parts.append(text(right, 20, f"and {len(series) - LINES} more", 10, "#999", END))
+    if len(series) > len(drawn):
+        parts.append(text(right, 20, f"and {len(series) - len(drawn)} more", 10, "#999", END))
     return "".join(parts)
 
 
@@ -205,18 +213,22 @@ def draw(panel: dict[str, Any], fill_in: Callable[[str], str], ask: Ask, span: S
         ]
         inside = lines(sorted(named), defaults["unit"], span, width, height)
     frame = f'<rect width="{width}" height="{height}" rx="3" fill="#fff" stroke="#d8d8d8"/>'
-    title = text(10, 18, panel["title"], 12, "#222", BOLD)
+    title = text(10, 18, panel["title"], 11, "#222", BOLD)
     return f'<g transform="translate({x:g} {y:g})">{frame}{title}{inside}</g>\n'
 
 
 def picture(board: dict[str, Any], ask: Ask, span: Span) -> str:
     """A dashboard as SVG."""
-    names = [variable["name"] for variable in board["templating"]["list"]]
+    values: dict[str, str] = {}
+    for variable in board["templating"]["list"]:
+        if found := re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]):
+            series = ask("query", {"query": f"group by ({found[2]}) ({found[1]})", "time": f"{span.end}"})
+            values[variable["name"]] = "|".join(sorted(one["metric"][found[2]] for one in series))
 
     def fill_in(query: str) -> str:
         """All values of the variables, as Grafana's "All"."""
-        for name in names:
-            query = query.replace(f"${name}", ".*")
+        for name, all_of_them in values.items():
+            query = query.replace(f"${name}", all_of_them)
         return query
 
     width = 24 * COLUMN

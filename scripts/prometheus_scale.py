@@ -17,6 +17,7 @@ import json
 import math
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -227,7 +228,7 @@ def configuration(fleet: Fleet, port: int, own_port: int, interval: str, folder:
 
 @dataclass
 class Seen:
-    """What Prometheus took: bytes at most, seconds at most for one evaluation of a group of rules and for all of them, and the rest."""
+    """What Prometheus took: bytes at most, seconds at most for one evaluation of a group of rules, for all of them, and their median."""
 
     series: int = 0
     samples_per_second: float = 0.0
@@ -235,6 +236,7 @@ class Seen:
     slowest_group: str = ""
     slowest_group_seconds: float = 0.0
     all_groups_seconds: float = 0.0
+    usual_all_groups_seconds: float = 0.0
     slowest_scrape_seconds: float = 0.0
     cpu_cores: float = 0.0
     disk_bytes: int = 0
@@ -261,6 +263,7 @@ class Prometheus:
             f"--query.max-samples={DEFAULTS['prometheus_query_max_samples']}",
         ]
         self.seen = Seen()
+        self.sums: list[float] = []
 
     def __enter__(self) -> Prometheus:
         """Start it and wait until it answers; raise RuntimeError with its log if it does not."""
@@ -306,7 +309,9 @@ class Prometheus:
         slowest = max(groups, key=lambda name: groups[name])
         if groups[slowest] > seen.slowest_group_seconds:
             seen.slowest_group, seen.slowest_group_seconds = slowest, groups[slowest]
-        seen.all_groups_seconds = max(seen.all_groups_seconds, sum(groups.values()))
+        if all(groups.values()):
+            self.sums.append(sum(groups.values()))
+            seen.all_groups_seconds, seen.usual_all_groups_seconds = max(self.sums), statistics.median(self.sums)
 
     def sum_up(self, before: dict[str, float], seconds: float) -> Seen:
         """What was seen, with what Prometheus counted itself since ``before``, so many seconds ago."""

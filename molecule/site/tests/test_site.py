@@ -8,6 +8,7 @@ import re
 import ssl
 import subprocess
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,28 @@ def test_stream_equals_the_whole_answer(client):
         events = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
     assert events.pop() == "[DONE]"
     assert "".join(json.loads(e).get("delta", {}).get("content", "") for e in events) == whole
+
+
+def test_one_request_is_followed_by_its_id_from_the_gateway_to_the_engine(client):
+    """With the command that docs/observability.md shows, on this inventory."""
+    mark = uuid.uuid4().hex
+    answer = client.post("/chat", json=QUESTION, headers={"X-Request-ID": mark})
+    assert (answer.status_code, answer.headers["X-Request-ID"]) == (200, mark)
+    command = re.search(r"^ansible .*<id>.*$", (ROOT / "docs/observability.md").read_text(), re.MULTILINE)[0]
+    command = command.replace("inventories/yours", str(Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent)).replace("<id>", mark)
+    for _ in range(10):  # journald takes a line a moment later
+        out = subprocess.run(command, shell=True, env=os.environ, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        lines = {}
+        for part in re.split(r"^(?=\w+ \| )", out, flags=re.MULTILINE):
+            lines |= {part.split(" ")[0]: [json.loads(line) for line in part.splitlines() if line.startswith("{")]}
+        if len([entry for entries in lines.values() for entry in entries]) == 3:
+            break
+    [gateway] = lines.pop("gw1")
+    assert (gateway["client"], gateway["status"]) == ("demo", 200)
+    proxy, service = sorted(lines.pop(gateway["node"]), key=lambda entry: "outcome" in entry)
+    assert (proxy["client"], proxy["status"]) == ("gw1", 200)
+    assert (service["outcome"], service["completion_tokens"]) == ("ok", answer.json()["usage"]["completion_tokens"])
+    assert not any(lines.values())
 
 
 def test_monitoring_scrapes_both_nodes(on, curl):

@@ -3,6 +3,8 @@
 import json
 import shlex
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import dashboards
 import metric_names
@@ -28,7 +30,6 @@ def ask(on):
 def worked(ask, inventory):
     """Streams went through the chain, and were scraped."""
     import ssl
-    from pathlib import Path
 
     import httpx
 
@@ -76,3 +77,66 @@ def test_rules_are_evaluated_within_a_second(ask):
     for group in ask("rules")["groups"]:
         assert group["evaluationTime"] < 1
         assert [rule["lastError"] for rule in group["rules"] if rule["health"] == "err"] == []
+
+
+# this scenario's Prometheus is as slow as a fleet's, and its alerts go nowhere: for a test both are made otherwise, and put back
+FILES = [f"/etc/qwen-prometheus/{name}.yml" for name in ("prometheus", "alertmanager", "rules/service")]
+RELOAD = "systemctl reload prometheus prometheus-alertmanager"
+AUTHORIZATION = "http_config: {authorization: {credentials: x}}"
+QUICK = f"""
+    for file in {" ".join(FILES)}; do cp -p $file $file.well; done
+    sed -i 's/_interval: 15s/_interval: 2s/' /etc/qwen-prometheus/prometheus.yml
+    sed -i -e 's/group_wait: .*/group_wait: 1s/' -e 's/group_interval: .*/group_interval: 2s/' \
+      -e 's#^  - name: caretakers$#&\\n    webhook_configs: [{{url: "http://127.0.0.1:8500", {AUTHORIZATION}}}]#' \
+      /etc/qwen-prometheus/alertmanager.yml
+    sed -i 's/^\\( *for:\\) .*/\\1 2s/' /etc/qwen-prometheus/rules/service.yml
+    rm -f /run/told
+    systemd-run --quiet --unit=webhook python3 /run/webhook.py 8500 /run/told x
+    {RELOAD}"""
+# more prompts of 1,800 tokens than the engine's cache has room for, again and again, on the node itself
+FILL = """
+import json, threading, urllib.request
+def ask(number):
+    turn = 0
+    while True:
+        turn += 1
+        prompt = f"{number} {turn} " + "word " * WORDS
+        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 150, "ignore_eos": True}
+        head = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8080/chat", json.dumps(body).encode(), head)).read()
+for number in range(28):
+    threading.Thread(target=ask, args=(number,)).start()
+"""
+
+
+@contextmanager
+def quick_alerts(host):
+    """Alerts of the service within seconds, to a receiver on the host; what it got so far."""
+    host.check_output("printf '%%s' %s > /run/webhook.py", (Path(__file__).parents[2] / "resources/webhook.py").read_text())
+    try:
+        host.check_output("bash -ec %s", QUICK)
+        yield lambda: [a for line in host.run("cat /run/told").stdout.splitlines() for a in json.loads(line)["alerts"]]
+    finally:
+        host.run(f"systemctl stop webhook; for file in {' '.join(FILES)}; do mv $file.well $file; done; {RELOAD}")
+
+
+def test_a_cache_that_long_prompts_fill_is_told_and_then_that_it_is_well(on):
+    node = on("node1")
+    words = "curl -fsS -H 'Content-Type: application/json' -d %s http://127.0.0.1:8080/chat"
+    body = {"messages": [{"role": "user", "content": "word " * 200}], "max_tokens": 1}
+    tokens = json.loads(node.check_output(words, json.dumps(body)))["usage"]["prompt_tokens"]
+    program = FILL.replace("WORDS", str(200 * 1700 // tokens))
+    restarts = node.check_output("systemctl show -p NRestarts --value qwen-coder")
+    want = {"alertname": "QwenKVCachePressure", "instance": "node1"}.items()
+    with quick_alerts(on("mon1")) as told:
+        node.check_output("systemd-run --quiet --unit=fill python3 -c %s", program)
+        try:
+            for status in ("firing", "resolved"):
+                deadline = time.monotonic() + 120
+                while status not in [alert["status"] for alert in told() if want <= alert["labels"].items()]:
+                    assert time.monotonic() < deadline, told()
+                    time.sleep(1)
+                node.run("systemctl stop fill")
+        finally:
+            node.run("systemctl stop fill")
+    assert node.check_output("systemctl show -p NRestarts --value qwen-coder") == restarts
