@@ -4,13 +4,14 @@ SHELL := /bin/bash
 INVENTORY ?= inventories/lab
 PROFILE ?= cpu
 SCENARIO ?=
+PROMETHEUS ?= http://127.0.0.1:9091
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen-coder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help
 help:  ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.complete: requirements/controller.txt requirements/bootstrap.txt scripts/bootstrap
 	@scripts/bootstrap
@@ -55,6 +56,14 @@ docs: .venv/.complete  ## what is made from code: the role reference, the rules 
 	@python scripts/role_reference.py
 	@python scripts/slo_rules.py
 	@python scripts/dashboards.py
+
+.PHONY: prometheus-scale
+prometheus-scale: .venv/.complete  ## what Prometheus takes for 50 nodes (docs/observability.md), about 8 minutes
+	@python scripts/prometheus_scale.py --history 72
+
+.PHONY: pictures
+pictures: .venv/.complete  ## pictures of the dashboards, from PROMETHEUS=http://127.0.0.1:9091 (through ssh -L), into docs/dashboards
+	@python scripts/dashboard_pictures.py --url $(PROMETHEUS)
 
 .PHONY: clean
 clean:  ## remove this checkout's environments and caches (the lab stays: make lab-destroy)
