@@ -233,6 +233,11 @@ def test_a_reload_loses_no_sample(on, query):
     assert float(query("count_over_time(prometheus_build_info[20s])")[0][1]) >= 8
 
 
+def test_alertmanager_answers_as_soon_as_it_has_started(on):
+    """What is ordered after it, Prometheus, would drop alerts otherwise."""
+    on("mon1").check_output("systemctl restart prometheus-alertmanager && curl -fsS http://127.0.0.1:9093/-/ready")
+
+
 def test_dashboards_are_in_grafana_as_they_are_in_the_project(on):
     kept = json.loads(on("mon1").check_output("cat /var/lib/grafana/kept"))
     files = {path.stem: json.loads(path.read_text()) for path in metric_names.RULES.parent.glob("dashboards/*.json")}
