@@ -300,6 +300,11 @@ class Prometheus:
             sums[name] = sums.get(name, 0) + sample.value
         return sums
 
+    def whole(self) -> bool:
+        """Whether every target was scraped and every group of rules was evaluated."""
+        unknown = [target for target in self.ask("targets", state="active")["activeTargets"] if target["health"] == "unknown"]
+        return not unknown and all(group["evaluationTime"] for group in self.ask("rules")["groups"])
+
     def look(self) -> None:
         """Take down what is there now, where it is more than what was seen before."""
         seen = self.seen
@@ -324,7 +329,7 @@ class Prometheus:
         seen.series = int(now["prometheus_tsdb_head_series"])
         seen.evaluations = int(now["prometheus_rule_group_iterations_total"])
         counted = "prometheus_tsdb_head_samples_appended_total", "process_cpu_seconds_total"
-        seen.samples_per_second, seen.cpu_cores = ((now[name] - before[name]) / seconds for name in counted)
+        seen.samples_per_second, seen.cpu_cores = ((now.get(name, 0) - before.get(name, 0)) / seconds for name in counted)
         seen.firing = len({alert["labels"]["alertname"] for alert in self.ask("alerts")["alerts"] if alert["state"] == "firing"})
         seen.disk_bytes = sum(file.stat().st_size for file in self.data.rglob("*") if file.is_file())
         return seen
@@ -352,7 +357,8 @@ def measure(options: argparse.Namespace) -> Seen:
         with Prometheus(fleet, port, options.interval, folder) as prometheus:
             began, half = time.monotonic(), options.seconds / 2
             before, after = prometheus.own(), 0.0
-            while (passed := time.monotonic() - began) < options.seconds:
+            # at least until every host was scraped once
+            while (passed := time.monotonic() - began) < options.seconds or (not prometheus.whole() and passed < options.seconds + 60):
                 # rates of the second half: in the first one series are made
                 if not after and passed > half:
                     before, after = prometheus.own(), passed
@@ -382,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=50, help="nodes (default: %(default)s)")
     parser.add_argument("--gateways", type=int, default=2, help="gateways (default: %(default)s)")
     parser.add_argument("--cpus", type=int, default=128, help="processors of each host (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=300, help="how long (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=300, help="how long at least (default: %(default)s)")
     parser.add_argument("--history", type=float, default=0, metavar="HOURS", help="fill the rules' windows of so many hours before")
     parser.add_argument("--interval", default=DEFAULTS["prometheus_scrape_interval"], help="of scrapes and rules (default: %(default)s)")
     parser.add_argument("--memory-mib", type=int, default=1024, help="what Prometheus may take (default: %(default)s)")
