@@ -46,3 +46,12 @@ need() {
   apt-get update -qq || say "apt-get update reported errors; going on with what is known"
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
+
+# stop, and say what to do, unless an inventory's hosts answer: reach INVENTORY
+reach() {
+  local hint="make its hosts reachable over ssh, or name another fleet with INVENTORY=inventories/..."
+  [ -e "$1" ] || die "INVENTORY is '$1', which does not exist; set it to a folder of inventories/, for example inventories/lab."
+  [ "$1" != inventories/lab ] || hint="there is no lab: make deploy makes one, or name a fleet of yours with INVENTORY=inventories/..."
+  ANSIBLE_TIMEOUT=5 ansible -i "$1" gateways:qwen_nodes -o -m ansible.builtin.raw -a true >/dev/null 2>&1 ||
+    die "INVENTORY is '$1', and not all of its hosts answer: $hint"
+}

@@ -224,7 +224,7 @@ async def answer(service: Service, question: Question, form: Format, request: Re
     scope, stream = request.scope, None
     try:
         prompt = await service.prompt(question)
-        form.prompt_tokens = len(prompt)
+        form.prompt = prompt
         scope["details"] |= {"prompt_tokens": len(prompt), "stream": question.sampled.stream}
         if service.settings.log_prompts:
             scope["details"]["messages"] = question.conversation

@@ -23,9 +23,9 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class Format(Protocol):
-    """The wire form of one answer. ``prompt_tokens`` is set before the first piece."""
+    """The wire form of one answer. ``prompt``, the token ids that the engine gets, is set before the first piece."""
 
-    prompt_tokens: int
+    prompt: list[int]
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """An answer that is not streamed."""
@@ -41,7 +41,8 @@ class ChatFormat:
     """/chat."""
 
     def __init__(self, request_id: str, model: str, token_ids: bool) -> None:
-        self.request_id, self.model, self.token_ids, self.prompt_tokens = request_id, model, token_ids, 0
+        self.request_id, self.model, self.token_ids = request_id, model, token_ids
+        self.prompt: list[int] = []
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """An answer that is not streamed."""
@@ -50,8 +51,8 @@ class ChatFormat:
             "model": self.model,
             "message": {"role": "assistant", "content": piece.text},
             "finish_reason": piece.finish_reason,
-            "usage": usage(self.prompt_tokens, len(piece.token_ids)),
-            **({"token_ids": piece.token_ids} if self.token_ids else {}),
+            "usage": usage(len(self.prompt), len(piece.token_ids)),
+            **({"prompt_token_ids": self.prompt, "token_ids": piece.token_ids} if self.token_ids else {}),
         }
 
     def begin(self) -> bytes:
@@ -65,7 +66,7 @@ class ChatFormat:
             event["token_ids"] = piece.token_ids
         if piece.finish_reason is None:
             return sse(event)
-        event |= {"model": self.model, "finish_reason": piece.finish_reason, "usage": usage(self.prompt_tokens, tokens)}
+        event |= {"model": self.model, "finish_reason": piece.finish_reason, "usage": usage(len(self.prompt), tokens)}
         return sse(event) + DONE
 
 
@@ -73,7 +74,8 @@ class OpenAIFormat:
     """/v1/chat/completions."""
 
     def __init__(self, request_id: str, model: str, include_usage: bool) -> None:
-        self.include_usage, self.prompt_tokens = include_usage, 0
+        self.include_usage = include_usage
+        self.prompt: list[int] = []
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         # all pieces but the last differ in their text only
         self.before, self.after = (half.encode() for half in self._chunk({"content": ""}).decode().rsplit('""', 1))
@@ -85,7 +87,7 @@ class OpenAIFormat:
             **self.head,
             "object": "chat.completion",
             "choices": [{"index": 0, "message": message, "finish_reason": piece.finish_reason, "logprobs": None}],
-            "usage": usage(self.prompt_tokens, len(piece.token_ids)),
+            "usage": usage(len(self.prompt), len(piece.token_ids)),
         }
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
@@ -105,5 +107,5 @@ class OpenAIFormat:
             return text
         text += self._chunk({}, piece.finish_reason)
         if self.include_usage:
-            text += sse({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(self.prompt_tokens, tokens)})
+            text += sse({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(len(self.prompt), tokens)})
         return text + DONE

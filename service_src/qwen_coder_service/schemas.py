@@ -85,7 +85,7 @@ class ChatRequest(Sampled):
     )
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    return_token_ids: bool = False
+    return_token_ids: Annotated[bool, Field(description="give the answer's token ids, and of a whole answer the prompt's too")] = False
 
 
 class Usage(BaseModel):
@@ -118,6 +118,7 @@ class ChatAnswer(BaseModel):
     message: Message
     finish_reason: str | None
     usage: Usage
+    prompt_token_ids: Annotated[list[int] | None, Field(description="the prompt as the chat template rendered it, persona included")] = None
     token_ids: list[int] | None = None
 
 

@@ -23,6 +23,7 @@ async def test_chat_answers_whole(client: httpx.AsyncClient) -> None:
         "message": {"role": "assistant", "content": "abc"},
         "finish_reason": "length",
         "usage": {"prompt_tokens": 28, "completion_tokens": 3, "total_tokens": 31},
+        "prompt_token_ids": [ord(character) for character in "system:I am a test.\nuser:Hi\n"],
         "token_ids": [97, 98, 99],
     }
 
