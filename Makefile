@@ -5,6 +5,7 @@ INVENTORY ?= inventories/lab
 PROFILE ?= cpu
 SCENARIO ?=
 PROMETHEUS ?= http://127.0.0.1:9091
+LABEL ?= now
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen-coder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -25,6 +26,14 @@ venv: .venv/.complete  ## the control machine's environment (Ansible, Molecule, 
 .PHONY: deploy
 deploy: .venv/.complete  ## the whole chain on the lab, or on INVENTORY=inventories/..., ending with a chat
 	@scripts/deploy $(INVENTORY)
+
+.PHONY: validate
+validate: .venv/.complete  ## persona, determinism, latency, streaming, cancel, limits and errors of the lab that make deploy made, or of INVENTORY=...
+	@scripts/validate $(INVENTORY)
+
+.PHONY: benchmark
+benchmark: .venv/.complete service_src/.venv/.complete  ## vLLM and transformers, direct and through the gateway, on the lab or INVENTORY=...; LABEL=... names the run
+	@scripts/benchmark $(INVENTORY) $(LABEL)
 
 .PHONY: lab-destroy
 lab-destroy: .venv/.complete  ## remove the lab: hosts, network, image, state
@@ -52,10 +61,11 @@ engine-api: .venv/.complete  ## what each profile's vLLM offers, read from its w
 	@python service_src/scripts/engine_api.py
 
 .PHONY: docs
-docs: .venv/.complete  ## what is made from code: the role reference, the rules of the objectives, the dashboards
+docs: .venv/.complete  ## what is made from code: role reference, rules of the objectives, dashboards; and the benchmark's document from its results
 	@python scripts/role_reference.py
 	@python scripts/slo_rules.py
 	@python scripts/dashboards.py
+	@python scripts/benchmark_report.py document
 
 .PHONY: prometheus-scale
 prometheus-scale: .venv/.complete  ## what Prometheus takes for 50 nodes (docs/observability.md), about 8 minutes

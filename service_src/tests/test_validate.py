@@ -99,8 +99,9 @@ def test_a_service_as_it_should_be_passes(validation: Validation, service: Runni
     status, results = validation(service, "--model-path", str(validation.model), url=proxy.url)
     assert failed(results) == {}
     assert status == 0
-    assert "by the service, the tokenizer alone, the transformers backend, the vllm backend, the golden set" in (
-        results["persona/no system message"]["line"]
+    assert (
+        "by the service, the tokenizer alone, the transformers backend, the vllm backend, the golden set"
+        in (results["persona/no system message"]["line"])
     )
     # targets that nobody set are said, and fail nothing
     assert {name for name, result in results.items() if result["verdict"] == "skip"} == {

@@ -117,7 +117,9 @@ def test_ends_are_counted_over_restarts_and_a_broken_file_is_no_reason_not_to_st
     assert Ends(tmp_path).counts == {"died": 0, "stalled": 0}
 
 
-def test_a_manager_that_does_not_read_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_manager_that_does_not_read_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("QWEN_NOTIFY_SOCKET", str(tmp_path / "notify"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         manager.bind(str(tmp_path / "notify"))

