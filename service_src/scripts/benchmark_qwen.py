@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 # what a run's result keeps of what the load generator gives: all but lists with an entry for each request
-DROPPED = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors", "start_times", "latencies")
+DROPPED = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors", "start_times", "latencies", "queue_times")
 
 
 @dataclass

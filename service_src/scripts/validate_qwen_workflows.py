@@ -642,7 +642,10 @@ def load_workflows(directories: Iterable[Path]) -> dict[str, tuple[Workflow, Che
         if not files:
             raise Unusable(f"--workflows is '{directory}', which holds no *.yml; set it to a directory of workflows.")
         for path in files:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            try:
+                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise Unusable(f"{path.name} is no YAML: {' '.join(str(error).split())}.") from error
             kind = data.pop("check", None) if isinstance(data, dict) else None
             if kind not in CHECKS:
                 raise Unusable(f"{path.name}: check is '{kind}'; set it to one of {', '.join(CHECKS)}.")
