@@ -74,6 +74,14 @@ def test_the_lab_needs_no_gpu() -> None:
     assert fit("cpu-lab", [], model_source="tiny") == {"figures": None, "problems": [], "notices": []}
 
 
+def test_dummy_weights_take_memory_and_no_disk() -> None:
+    room = small(model_free=1 * GB, model_mount="/models")
+    assert any("the weights" in problem for problem in fit("dual-80gb", DUAL, room)["problems"])
+    verdict = fit("dual-80gb", DUAL, room, model_source="dummy")
+    assert verdict["problems"] == []
+    assert verdict["figures"] == fit("dual-80gb", DUAL)["figures"]
+
+
 def small(**changed: Any) -> dict[str, Any]:
     """A host with less than plenty: ``memory``, ``free``, ``model_free``, ``model_mount``, ``config``, ``bytes``, ``profiles``."""
     result = copy.deepcopy(ROOMY)

@@ -60,6 +60,7 @@ class Settings(BaseSettings):
     model_name: str = _setting("QWEN_MODEL_NAME", "the name that clients see", "Qwen/Qwen2.5-Coder-32B-Instruct", min_length=1)
     model_variant: Literal["full", "awq-4bit"] = _setting("QWEN_MODEL_VARIANT", "full or awq-4bit", "full")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting("QWEN_DTYPE", "auto, bfloat16, float16 or float32", "auto")
+    load_format: Literal["auto", "dummy"] = _setting("QWEN_LOAD_FORMAT", "auto, or dummy for random weights", "auto")
     persona_prompt: str = _setting(
         "QWEN_PERSONA_PROMPT", "the system message of chats that bring none", "I am Qwen-Coder, a careful coding companion.", min_length=1
     )

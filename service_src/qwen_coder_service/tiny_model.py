@@ -3,6 +3,9 @@
 The same arguments give the same bytes each time. Two choices matter: the heads have 32 dimensions, the smallest that vLLM's CPU
 attention takes; weights are drawn wide (standard deviation 0.3), so that the best token stands clear of the second and greedy answers
 of two engines in float32 are equal.
+
+With ``--like`` it makes what another model is before its weights are there: config.json of that shape, the same small tokenizer, and no
+weights, for a service with QWEN_LOAD_FORMAT=dummy (docs/benchmark/README.md).
 """
 
 from __future__ import annotations
@@ -89,6 +92,41 @@ def _tokenizer(target: Path, vocabulary: int, max_position: int) -> Any:
     return tokenizer
 
 
+# what Qwen2.5-Instruct ships
+GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+
+
+def _shape(target: Path, tokenizer: Any, like: dict[str, Any], dtype: str) -> None:
+    """config.json and generation_config.json of a model without weights.
+
+    Raises:
+        SystemExit: the tokenizer has more tokens than the model.
+    """
+    if like["vocab_size"] < tokenizer.get_vocab_size():
+        raise SystemExit(f"--like says vocab_size {like['vocab_size']}; set it to at least {tokenizer.get_vocab_size()}.")
+    ids = {token: tokenizer.token_to_id(token) for token in (END_OF_TEXT, IM_END)}
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-06,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "torch_dtype": dtype,
+        **like,
+        "bos_token_id": ids[END_OF_TEXT],
+        "eos_token_id": ids[IM_END],
+    }
+    generation = {
+        **GENERATION,
+        "bos_token_id": ids[END_OF_TEXT],
+        "pad_token_id": ids[END_OF_TEXT],
+        "eos_token_id": list(ids.values())[::-1],
+    }
+    for name, data in (("config.json", config), ("generation_config.json", generation)):
+        (target / name).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _model(target: Path, tokenizer: Any, options: argparse.Namespace) -> None:
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -113,16 +151,8 @@ def _model(target: Path, tokenizer: Any, options: argparse.Namespace) -> None:
     model = Qwen2ForCausalLM(config).to(getattr(torch, options.dtype)).eval()
     with torch.no_grad():  # rows beyond the vocabulary, which only fill it up, are never the best
         model.lm_head.weight[tokenizer.get_vocab_size() :] = 0
-    # what Qwen2.5-Instruct ships
     model.generation_config = GenerationConfig(
-        bos_token_id=ids[END_OF_TEXT],
-        pad_token_id=ids[END_OF_TEXT],
-        eos_token_id=[ids[IM_END], ids[END_OF_TEXT]],
-        do_sample=True,
-        temperature=0.7,
-        top_p=0.8,
-        top_k=20,
-        repetition_penalty=1.05,
+        bos_token_id=ids[END_OF_TEXT], pad_token_id=ids[END_OF_TEXT], eos_token_id=[ids[IM_END], ids[END_OF_TEXT]], **GENERATION
     )
     model.save_pretrained(target)
     path = target / "config.json"
@@ -142,8 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=4, help="attention heads, of 32 dimensions each")
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--like", type=json.loads, help="no weights, but a model of this config.json (JSON); --dtype is what it says of itself"
+    )
     options = parser.parse_args(arguments)
     target: Path = options.target.absolute()
     if (target / "config.json").exists():
@@ -154,7 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
     # appears whole or not at all
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tiny-"))
     try:
-        _model(work, _tokenizer(work, options.vocabulary, options.max_position), options)
+        if options.like:
+            _shape(work, _tokenizer(work, options.vocabulary, options.like["max_position_embeddings"]), options.like, options.dtype)
+        else:
+            _model(work, _tokenizer(work, options.vocabulary, options.max_position), options)
         for path in (work, *work.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)
         work.rename(target)

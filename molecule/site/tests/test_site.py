@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import time
 import uuid
+import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from count_lost_requests import Kind, Load
 
 ROOT = Path(__file__).resolve().parents[3]
+WORKFLOWS = ROOT / "service_src/validation/workflows"
 QUESTION = {
     "messages": [{"role": "user", "content": "Write a function that returns the sum of two numbers."}],
     "max_tokens": 32,
@@ -184,6 +186,22 @@ def run_playbook(playbook, *options):
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)", result.stdout.split("PLAY RECAP")[1], re.MULTILINE)
     return result.stdout, {host: int(changed) for host, changed in rows}
+
+
+def test_validation_passes_on_every_node_and_through_the_gateway(on, tmp_path):
+    wait_until_both_serve(on)
+    output, changed = playbook("validate", "-e", f"validate_results={tmp_path}")
+    assert set(changed.values()) == {0}
+    for host in ("gw1", "node1", "node2"):
+        suite = ET.parse(tmp_path / f"{host}.xml").getroot()
+        cases = {(case.get("classname"), case.get("name")): case for case in suite.iter("testcase")}
+        assert suite.get("failures") == "0", output
+        assert suite.get("skipped") == "0", output
+        assert {name.split(".")[1] for name, _ in cases} == {path.stem for path in WORKFLOWS.glob("*.yml")}
+        assert "the golden set" in cases[f"{host}.persona", "no system message"].findtext("system-out")
+    assert "the tokenizer alone, the transformers backend, the vllm backend" in output
+    # nothing is left on a node
+    assert on("node1").run("ls -d /tmp/*.validate").rc != 0
 
 
 def test_another_value_of_one_host_is_another_release_of_it_and_goes_back(on, tmp_path):

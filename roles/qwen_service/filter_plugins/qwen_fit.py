@@ -272,6 +272,8 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
                 problems += found
             elif profile["driver"]:
                 result["notices"].append("The GPUs cannot be seen before the driver is installed, so whether the model fits is not known.")
+    if values["qwen_service_model_source"] == "dummy":
+        weights = 0  # none comes to the disk
     problems += _disk(host, values, capacity, weights, profile["release_gb"] * GB)
     return result
 

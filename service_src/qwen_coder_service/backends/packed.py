@@ -150,9 +150,16 @@ class Network:
             raise ValueError("QWEN_BACKEND is 'transformers', which serves models with full attention only; set it to vllm.")
         self.max_model_len: int = settings.max_model_len or config.max_position_embeddings
         placed = _placement(settings)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            settings.model_path, config=config, dtype=settings.dtype, attn_implementation=_ATTENTION, **placed
-        ).eval()
+        if settings.load_format == "dummy":
+            if placed:
+                raise ValueError("QWEN_LOAD_FORMAT is 'dummy', and the transformers backend makes weights for one device; set it to auto.")
+            dtype = getattr(config, "dtype", torch.float32) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
+            self.model.generation_config = transformers.GenerationConfig.from_pretrained(settings.model_path)
+        else:
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                settings.model_path, config=config, dtype=settings.dtype, attn_implementation=_ATTENTION, **placed
+            ).eval()
         if torch.cuda.is_available() and not placed:
             self.model.to("cuda")
         self.device = self.model.get_input_embeddings().weight.device

@@ -50,6 +50,7 @@ def engine_arguments(settings: Settings, offload: float = 0) -> dict[str, Any]:
         "model": str(settings.model_path),
         "served_model_name": settings.model_name,
         "dtype": settings.dtype,
+        "load_format": settings.load_format,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": settings.max_model_len,
         "gpu_memory_utilization": settings.gpu_memory_utilization,

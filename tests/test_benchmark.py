@@ -1,0 +1,175 @@
+"""The benchmark's report: what it says of runs, and what it refuses to say; and what a plan measures."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import benchmark_report
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def filters(name: str) -> Any:
+    """A filter plugin of the playbooks, as a module."""
+    spec = importlib.util.spec_from_file_location(f"playbooks_{name}", ROOT / f"playbooks/filter_plugins/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TARGETS = {
+    "vLLM direct": {"path": "direct", "node": "node1", "backend": "vllm", "variant": "full"},
+    "vLLM gateway": {"path": "gateway", "node": "node1", "backend": "vllm", "variant": "full"},
+    "transformers direct": {"path": "direct", "node": "node1", "backend": "transformers", "variant": "full"},
+}
+
+
+def figures(tokens_per_s: float, ms: float, failed: int = 0) -> dict[str, Any]:
+    """What the load generator gives, as far as it is read."""
+    times = {f"{p}_{name}_ms": ms for p in ("p50", "p95", "p99") for name in ("ttft", "itl", "tpot")}
+    return {**times, "output_throughput": tokens_per_s, "request_throughput": 1.0, "request_goodput": 1.0, "failed": failed}
+
+
+def result(label: str = "a", speed: float = 1.0) -> dict[str, Any]:
+    """A run: transformers makes 100 tokens/s, vLLM 300, and 2 % fewer through the gateway."""
+    rate = {"vLLM direct": 300, "vLLM gateway": 294, "transformers direct": 100}
+    runs = [
+        {"target": name, "part": part, "input": 64, "output": 32, "concurrency": c, "requests": 9, "round": r,
+         "result": figures(rate[name] * speed * (1 + 0.5 * r), 10 + 2 * (name == "vLLM gateway"))}
+        for part, names, cs in (("matrix", TARGETS, (1, 8)), ("chain", ("vLLM direct", "vLLM gateway"), (1, 32, 256, 1000)))
+        for name in names for c in cs for r in range(3)
+    ]  # fmt: skip
+    load = {"rounds": 3, "output": 32, "input": 64}
+    machine = {"processor": "x", "cores": 2, "memory_gib": 23, "gpus": []}
+    return {
+        "label": label,
+        "date": "2026-01-01T00:00:00Z",
+        "generator": {"name": "vllm bench serve", "version": "1"},
+        "machine": {"client": dict(machine), "nodes": {"node1": dict(machine)}},
+        "settings": {"node1": {"max_num_seqs": 32}},
+        "versions": {"vllm": "1"},
+        "load": {"matrix": dict(load), "chain": dict(load), "goodput": {"ttft": 600}},
+        "targets": TARGETS,
+        "runs": runs,
+    }
+
+
+def put(path: Path, data: dict[str, Any]) -> str:
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def test_ratios_are_of_rounds(tmp_path: Path) -> None:
+    text = benchmark_report.document(result())
+    assert "- vLLM / transformers: 3.00 to 3.00 times the tokens/s, by load." in text
+    assert "at 32: 2.0% of the throughput lost; at most 3% wanted: **met**" in text
+    assert "at 256: p99 of the first token +2 ms, between tokens +2.0 ms; at most +5 ms wanted: **met**" in text
+    assert "1000 streams at a time: 0 failed through the gateway, 0 direct; none wanted: **met**" in text
+
+
+def test_a_missed_target_is_said() -> None:
+    run = result()
+    for entry in run["runs"]:
+        if entry["target"] == "vLLM gateway":
+            entry["result"] = figures(200, 20, failed=1)
+    text = benchmark_report.document(run)
+    assert text.count("**missed**") == 3
+
+
+def test_plots_are_svg_and_always_the_same() -> None:
+    first, second = benchmark_report.plots(result()), benchmark_report.plots(result())
+    assert first == second
+    for svg in first.values():
+        assert len(ET.fromstring(svg).findall("{http://www.w3.org/2000/svg}polyline")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda r: r["machine"]["nodes"]["node1"].update(cores=64), "machine.nodes.node1.cores is '2' in one and '64' in the other"),
+        (lambda r: r["settings"]["node1"].update(max_num_seqs=64), "settings.node1.max_num_seqs is '32' in one and '64' in the other"),
+        (lambda r: r["load"]["matrix"].update(output=64), "load.matrix.output is '32' in one and '64' in the other"),
+        (lambda r: r["generator"].update(version="2"), "generator.version is '1' in one and '2' in the other"),
+    ],
+)
+def test_unequal_runs_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, sentence: str) -> None:
+    other = copy.deepcopy(result("b"))
+    change(other)
+    assert benchmark_report.main(["compare", put(tmp_path / "a", result()), put(tmp_path / "b", other)]) == 2
+    assert f"'a' and 'b' cannot be compared: {sentence}." in capsys.readouterr().err
+
+
+def test_another_release_is_compared_and_a_slower_one_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = put(tmp_path / "a", result())
+    upgraded = {**result("b", speed=0.85), "versions": {"vllm": "2"}}
+    assert benchmark_report.main(["compare", before, put(tmp_path / "b", upgraded)]) == 0
+    assert benchmark_report.main(["compare", before, put(tmp_path / "b", upgraded), "--slower", "10"]) == 1
+    assert "vLLM direct, 64 tokens in, 8 at a time: 382.5 tokens/s instead of 450.0, 18% worse" in capsys.readouterr().out
+
+
+def test_nodes_of_unequal_hardware_are_not_set_side_by_side() -> None:
+    run = copy.deepcopy(result())
+    run["targets"]["vLLM gateway"]["node"] = "node2"
+    run["machine"]["nodes"]["node2"] = {**run["machine"]["nodes"]["node1"], "cores": 4}
+    with pytest.raises(benchmark_report.Incomparable, match=r"node1 and node2 cannot be compared: machine\.cores is '2'"):
+        benchmark_report.document(run)
+
+
+def test_runs_agree_by_their_ratios(tmp_path: Path) -> None:
+    first, slower = put(tmp_path / "a", result()), put(tmp_path / "b", result("b", speed=0.5))
+    assert benchmark_report.main(["agree", first, slower]) == 0
+    other = copy.deepcopy(result("c"))
+    for entry in other["runs"]:
+        if entry["target"] == "transformers direct":
+            entry["result"]["output_throughput"] *= 1.2
+    assert benchmark_report.main(["agree", first, put(tmp_path / "c", other)]) == 1
+
+
+def test_what_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_report.main(["document", put(tmp_path / "x", {"runs": []})]) == 2
+    assert "x is no result of make benchmark" in capsys.readouterr().err
+
+
+def test_the_projects_document_is_what_its_results_give() -> None:
+    assert benchmark_report.main(["document", "--check"]) == 0
+
+
+SAID = {"variant": "full", "model": "m", "port": 8080}
+WAYS = {"transformers": "beside", "port": 18080, "gateway": "https://gw/api/qwen", "ca": "ca", "key_file": "key"}
+
+
+def test_a_node_without_another_way_is_reached_over_ssh() -> None:
+    node = {
+        "inventory_hostname": "n",
+        "ansible_host": "192.0.2.1",
+        "ansible_user": "me",
+        "ansible_port": 2222,
+        "qwen_service_described": SAID,
+    }
+    targets = filters("benchmark").benchmark_targets([node], WAYS)
+    assert [target["name"] for target in targets] == ["vLLM direct", "vLLM gateway", "transformers direct"]
+    assert targets[0]["tunnel"] == ["ssh", "-o", "BatchMode=yes", "-p", "2222", "-l", "me", "192.0.2.1"]
+    assert (targets[2]["url"], targets[1]["url"]) == ("http://127.0.0.1:18080", "https://gw/api/qwen")
+
+
+def test_other_weights_have_a_target_of_their_own_and_the_chain_two_ways_to_one_node() -> None:
+    benchmark = filters("benchmark")
+    nodes = [
+        {"inventory_hostname": "n", "benchmark_direct_command": "within n", "qwen_service_described": SAID},
+        {"inventory_hostname": "q", "benchmark_direct_command": "within q", "qwen_service_described": {**SAID, "variant": "awq-4bit"}},
+    ]
+    targets = benchmark.benchmark_targets(nodes, WAYS)
+    assert [(t["name"], t.get("prefix")) for t in targets if t["path"] == "direct" and t["backend"] == "vllm"] == [
+        ("vLLM direct", ["within", "n"]), ("vLLM awq-4bit direct", ["within", "q"]),
+    ]  # fmt: skip
+    load = benchmark.benchmark_load(targets, ["vllm", "transformers"], {"rounds": 1}, {"rounds": 2})
+    assert load["chain"]["targets"] == ["vLLM direct", "vLLM gateway"]
+    alone = benchmark.benchmark_load(benchmark.benchmark_targets(nodes, {**WAYS, "gateway": ""}), ["vllm"], {}, {})
+    assert (alone["matrix"]["targets"], alone["chain"]["targets"]) == (["vLLM direct", "vLLM awq-4bit direct"], [])
