@@ -179,11 +179,9 @@ def test_a_cancel_that_does_not_arrive_is_named(validation: Validation, service:
 
 
 @pytest.mark.engine
-def test_a_golden_set_of_another_persona_is_refused(validation: Validation, service: Running, tmp_path: Path) -> None:
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({**json.loads(validation.golden.read_text()), "persona": "I am another."}))
-    with pytest.raises(FileNotFoundError):
-        Validation(tmp_path, validation.model, other)(service)
+def test_a_golden_set_of_another_persona_is_refused(validation: Validation, service: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", service.url, "--golden", str(validation.golden), "--persona", "I am another."]) == 2
+    assert f"made of persona '{PERSONA}'; this is 'I am another.'. Make it anew" in capsys.readouterr().err
 
 
 def test_the_labs_golden_set_has_every_prompt_of_the_projects_workflows() -> None:

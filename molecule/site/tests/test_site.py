@@ -190,7 +190,7 @@ def run_playbook(playbook, *options):
 
 def test_validation_passes_on_every_node_and_through_the_gateway(on, tmp_path):
     wait_until_both_serve(on)
-    output, changed = playbook("validate", "-e", f"validate_results={tmp_path}")
+    output, changed = run_playbook("validate", "-e", f"validate_results={tmp_path}")
     assert set(changed.values()) == {0}
     for host in ("gw1", "node1", "node2"):
         suite = ET.parse(tmp_path / f"{host}.xml").getroot()
