@@ -86,3 +86,22 @@ def test_revoking_says_what_to_change() -> None:
 def test_configure_says_what_it_wants(arguments: list[str], status: int, sentence: str) -> None:
     result = run(*arguments, script=CONFIGURE)
     assert (result.returncode, result.stderr.strip()) == (status, sentence)
+
+
+@pytest.mark.parametrize("command", ["validate", "benchmark"])
+def test_without_an_inventory_it_is_said_what_to_set(command: str) -> None:
+    result = run("inventories/none", script=ROOT / "scripts" / command)
+    assert (result.returncode, result.stderr.strip()) == (
+        1,
+        "error: INVENTORY is 'inventories/none', which does not exist; set it to a folder of inventories/, for example inventories/lab.",
+    )
+
+
+def test_without_a_lab_it_is_said_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAB_NETWORK_PREFIX", "127.90.0")  # nobody listens there
+    monkeypatch.setenv("LAB_NAME", "none")
+    result = run("inventories/lab", script=ROOT / "scripts/validate")
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith(
+        "not all of its hosts answer: there is no lab: make deploy makes one, or name a fleet of yours with INVENTORY=inventories/..."
+    )
