@@ -13,7 +13,7 @@ import pytest
 import yaml
 from breaking import BreakingProxy
 from conftest import Running
-from validate_qwen_workflows import CHECKS, VALIDATION, Requests, load_workflows, main, percentile
+from validate_qwen_workflows import CHECKS, VALIDATION, Counts, Requests, load_golden, load_workflows, main, percentile
 
 PERSONA = "I am Qwen-Coder, a careful coding companion."
 # one client and eight: what a service on loopback takes, times a busy machine; 200 ms more are too many
@@ -53,6 +53,21 @@ def test_nobody_there_is_no_failure_of_a_service(capsys: pytest.CaptureFixture[s
 def test_percentiles_are_values_that_were_seen() -> None:
     assert [percentile(list(range(1, 101)), p) for p in (50, 95, 99)] == [50, 95, 99]
     assert percentile([7.0], 99) == 7.0
+
+
+def test_a_golden_set_is_found_by_the_model(tmp_path: Path) -> None:
+    (tmp_path / "Qwen--Coder.json").write_text('{"model": "Qwen/Coder", "persona": "I am a test.", "prompts": {}}')
+    assert load_golden([tmp_path / "none", tmp_path], "Qwen/Coder", None)["persona"] == "I am a test."
+    assert load_golden([tmp_path], "Qwen/Other", None) == {}
+
+
+def test_metrics_of_both_backends_say_what_runs() -> None:
+    service = (
+        'qwen_requests_in_flight 3.0\nqwen_requests_total{outcome="aborted",route="/chat"} 2.0\nqwen_requests_total{outcome="ok"} 9.0\n'
+    )
+    engine = 'vllm:num_requests_running{model_name="m"} 1.0\nvllm:num_requests_waiting{model_name="m"} 4.0\n'
+    assert Counts.read([service]) == Counts(running=3, aborted=2)
+    assert Counts.read([service + engine, service]) == Counts(running=8, aborted=4)
 
 
 class Validation:
