@@ -301,6 +301,8 @@ def document(result: Result, again: Result | None = None) -> str:
         low_high = sorted(ratio(result, names, pair, key, "output_throughput") for key in keys(result, names))
         lines.append(f"- {title}: {low_high[0]:.2f} to {low_high[-1]:.2f} times the tokens/s, by load.")
     machine = {"load generator": result["machine"]["client"], **result["machine"]["nodes"]}
+    if note := result.get("note"):
+        lines += ["", note]
     lines += ["", "## Machine, versions, settings", "", *_table(["what", "value"], _flat(machine)), ""]
     versions = {**result["generator"], **result.get("versions", {})}
     lines += _table(["versions", ""], _flat(versions))

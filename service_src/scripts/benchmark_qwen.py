@@ -242,6 +242,7 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
                     runs.append({"target": name, **vars(point), "round": index, "result": result})
     return {
         "label": plan["label"],
+        "note": plan.get("note", ""),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "generator": {"name": "vllm bench serve", "version": version, "python": platform.python_version()},
         "machine": plan["machine"],
