@@ -192,7 +192,7 @@ def plots(result: Result) -> dict[str, str]:
             for tokens, concurrency in keys(result, "matrix"):
                 line = lines.setdefault(f"{name}, {tokens} in", [])
                 line.append((concurrency, median(rounds(result, "matrix", name, (tokens, concurrency)), figure)))
-        found[f"{figure}.svg"] = plot(title, unit, lines)
+        found[f"{result['label']}-{figure}.svg"] = plot(title, unit, lines)
     return found
 
 
