@@ -413,8 +413,8 @@ def test_a_node_of_the_wrong_identity_gets_nothing(on):
         assert f"verifyhost {node}" in line
     on("gw1").check_output(
         "mkdir -p /tmp/w && sed -E -e 's/(str.|verifyhost |check-sni )node[12]/\\1node9/g' "
-        "-e 's/:443 ssl/:8443 ssl/' -e 's#/run/qwen-gateway/#/tmp/w/#' /etc/qwen-gateway/haproxy.cfg > /tmp/w/cfg && "
-        "{ haproxy -D -f /tmp/w/cfg -p /tmp/w/pid; sleep 4; }"
+        "-e 's/:443 ssl/:8443 ssl/' -e 's/bind 127.0.0.1:[0-9]+/bind 127.0.0.1:18405/' -e 's#/run/qwen-gateway/#/tmp/w/#' "
+        "/etc/qwen-gateway/haproxy.cfg > /tmp/w/cfg && haproxy -D -f /tmp/w/cfg -p /tmp/w/pid && sleep 4"
     )
     try:
         states = on("gw1").check_output(
