@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import h11
 import httpx
 import yaml
 
@@ -492,16 +493,25 @@ async def _post_expecting(subject: Subject, path: str, content: bytes, headers: 
     try:
         given = {"Host": url.netloc.decode(), "Content-Length": str(len(content)), "Expect": "100-continue", "Connection": "close"}
         given |= ({"Authorization": f"Bearer {subject.key}"} if subject.key else {}) | headers
-        head = f"POST {url.raw_path.decode()} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in given.items())
-        writer.write(head.encode() + b"\r\n")
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), subject.http.timeout.read)
-        if b" 100 " in answer.split(b"\r\n")[0]:
-            writer.write(content)
-            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), subject.http.timeout.read)
-        status, *lines = answer.decode("latin-1").rstrip().split("\r\n")
-        said = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
-        length = int(dict((name.lower(), value) for name, value in said).get("content-length", 0))
-        return httpx.Response(int(status.split()[1]), headers=said, content=await reader.readexactly(length))
+        parser, answer, said = h11.Connection(h11.CLIENT), None, b""
+        writer.write(parser.send(h11.Request(method="POST", target=url.raw_path, headers=list(given.items()))) or b"")
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                parser.receive_data(await asyncio.wait_for(reader.read(65536), subject.http.timeout.read))
+            elif isinstance(event, h11.InformationalResponse):
+                writer.write((parser.send(h11.Data(data=content)) or b"") + (parser.send(h11.EndOfMessage()) or b""))
+            elif isinstance(event, h11.Response):
+                answer = event
+            elif isinstance(event, h11.Data):
+                said += event.data
+            elif answer is not None:
+                kept = [(name, value) for name, value in answer.headers.raw_items() if name.lower() != b"transfer-encoding"]
+                return httpx.Response(answer.status_code, headers=kept, content=said)
+            else:
+                raise httpx.RemoteProtocolError("the connection was closed without an answer")
+    except h11.RemoteProtocolError as error:
+        raise httpx.RemoteProtocolError(str(error)) from error
     finally:
         writer.close()
 
