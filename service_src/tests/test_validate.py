@@ -113,10 +113,15 @@ Results = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def usual(validation: Validation, service: Running, proxy: BreakingProxy) -> tuple[int, Results, str]:
-    """All workflows, with nothing broken: exit status, results, JUnit XML."""
+    """All workflows, with nothing broken: exit status, results, JUnit XML of those through the proxy."""
     options = ["--model-path", str(validation.model), "--targets", json.dumps(TARGETS)]
+    # the proxy reads a body before it passes it on: what is refused by its length alone is asked of the service itself
+    for path in (VALIDATION / "workflows").glob("*.yml"):
+        options += ["--only", path.stem] if path.stem != "limits" else []
     status, results = validation(service, *options, url=proxy.url)
-    return status, results, (validation.folder / "r.xml").read_text()
+    junit = (validation.folder / "r.xml").read_text()
+    direct, limits = validation(service, "--only", "limits")
+    return status or direct, results | limits, junit
 
 
 @pytest.mark.engine
@@ -133,7 +138,8 @@ def test_a_service_as_it_should_be_passes(usual: tuple[int, Results, str]) -> No
         f"latency{busy}/{metric}" for busy in ("", "-busy") for metric in ("ttft", "itl", "total")
     } - {"latency/ttft", "latency/itl"}
     suite = ET.fromstring(junit)
-    assert (suite.get("tests"), suite.get("failures")) == (str(len(results)), "0")
+    proxied = [result for result in results.values() if result["workflow"] != "limits"]
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(proxied)), "0")
 
 
 def broken(validation: Validation, service: Running, proxy: BreakingProxy, breaks: str, only: str, *options: str) -> dict[str, str]:
