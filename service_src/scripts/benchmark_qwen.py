@@ -26,8 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-# what a run's result keeps of what the load generator gives: all but lists with an entry for each request
-DROPPED = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors", "start_times", "latencies", "queue_times")
+# what a run's result keeps of what the load generator gives: all but lists with an entry for each request, and a path of its machine
+DROPPED = (
+    "tokenizer_id", "input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors", "start_times", "latencies", "queue_times",
+)  # fmt: skip
 
 
 @dataclass
