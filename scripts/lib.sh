@@ -20,17 +20,39 @@ phase() {
   printf '\n== %s\n' "$1"
 }
 
-# jobs two at a time, in this order; each prints when it has ended. What failed is named at the end.
-at_the_same_time() {
-  phase "two at a time, each prints when it has ended: $*"
-  printf '%s\n' "$@" | xargs -P 2 -n 1 --process-slot-var=LANE scripts/job || die "not everything passed: look for FAILED above"
+# jobs, the given number of them at a time, in this order. What fails does not stop the others; summary says it.
+failed=""
+jobs_at_a_time() {
+  local number=$1
+  shift
+  if [ -z "$failed" ]; then
+    failed=$(mktemp -d)
+    trap 'rm -rf "$failed"' EXIT
+  fi
+  if [ "$number" -eq 1 ]; then phase "$*"; else phase "$number at a time, each prints when it has ended: $*"; fi
+  printf '%s\n' "$@" | FAILED=$failed LIVE=$([ "$number" -gt 1 ] || echo 1) xargs -P "$number" -n 1 --process-slot-var=LANE scripts/job || true
 }
 
+# why a job failed, in few lines, for a log of which only the end is seen: pytest's summary, ansible's errors, or else the last lines
+why() {
+  local lines
+  lines=$(sed 's/\x1b\[[0-9;]*m//g' "$1" | grep -E '^(FAILED|ERROR) |^E  |^fatal: |^\[ERROR\]|FAILED! =>|UNREACHABLE! =>' | cut -c 1-400 | tail -15) || true
+  printf '%s\n' "${lines:-$(tail -15 "$1")}"
+}
+
+# what took how long, and what failed
 summary() {
+  local file
   end_phase
   printf '\n'
   printf '%s\n' "${phases[@]}"
   printf '%6ss  in all\n' "$SECONDS"
+  [ -n "$failed" ] && [ -n "$(ls "$failed")" ] || return 0
+  for file in "$failed"/*; do
+    printf '\nFAILED: %s\n' "${file##*/}"
+    why "$file"
+  done
+  die "failed: $(ls -C -w 1000 "$failed")"
 }
 
 # install Debian packages that this machine lacks, saying so: need PURPOSE PACKAGE...
