@@ -15,7 +15,8 @@ def run(tmp_path: Path, jobs: dict[str, str], number: int) -> subprocess.Complet
     for name in ("lib.sh", "job"):
         (scripts / name).write_text((ROOT / "scripts" / name).read_text())
         (scripts / name).chmod(0o755)
-    (scripts / "run-scenario").write_text("#!/bin/bash\n" + "".join(f"[ $1 != {name} ] || {{ {command}; exit; }}\n" for name, command in jobs.items()))
+    stand_in = "".join(f"[ $1 != {name} ] || {{ {command}; exit; }}\n" for name, command in jobs.items())
+    (scripts / "run-scenario").write_text(f"#!/bin/bash\n{stand_in}")
     (scripts / "run-scenario").chmod(0o755)
     (scripts / "all").write_text(f'. "$(dirname "$0")/lib.sh"\njobs_at_a_time {number} {" ".join(jobs)}\nsummary\n')
     return subprocess.run(["bash", str(scripts / "all")], capture_output=True, text=True, check=False)
