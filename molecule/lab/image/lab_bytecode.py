@@ -2,7 +2,8 @@
 
 That is half of a module's processor time. Nothing else changes; a host that is no lab host has no such file.
 """
-# ruff: noqa: PTH - Python loads this at every start, and pathlib would take as long as what is saved
+# Python loads this at every start, and pathlib would take as long as what is saved
+# ruff: noqa: PTH103, PTH104, PTH123
 
 import _imp
 import marshal
