@@ -80,8 +80,9 @@ def test_one_request_is_followed_by_its_id_from_the_gateway_to_the_engine(client
     assert (answer.status_code, answer.headers["X-Request-ID"]) == (200, mark)
     command = re.search(r"^ansible .*<id>.*$", (ROOT / "docs/observability.md").read_text(), re.MULTILINE)[0]
     command = command.replace("inventories/yours", str(Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent)).replace("<id>", mark)
+    plain = {**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
     for _ in range(10):  # journald takes a line a moment later
-        out = subprocess.run(command, shell=True, env=os.environ, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(command, shell=True, env=plain, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         lines = {}
         for part in re.split(r"^(?=\w+ \| )", out, flags=re.MULTILINE):
             lines |= {part.split(" ")[0]: [json.loads(line) for line in part.splitlines() if line.startswith("{")]}
