@@ -36,7 +36,8 @@ jobs_at_a_time() {
 # why a job failed, in few lines, for a log of which only the end is seen: pytest's summary, ansible's errors, or else the last lines
 why() {
   local lines
-  lines=$(sed 's/\x1b\[[0-9;]*m//g' "$1" | grep -E '^(FAILED|ERROR) |^E  |^fatal: |^\[ERROR\]|FAILED! =>|UNREACHABLE! =>' | cut -c 1-400 | tail -15) || true
+  lines=$(sed 's/\x1b\[[0-9;]*m//g; s/^ *│ //' "$1" |
+    grep -E -A 3 '^(FAILED|ERROR) |^E  |^\[ERROR\]|^fatal: |FAILED! =>|UNREACHABLE! =>' | grep -v '^--$' | cut -c 1-300 | tail -24) || true
   printf '%s\n' "${lines:-$(tail -15 "$1")}"
 }
 
