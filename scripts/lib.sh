@@ -30,7 +30,8 @@ jobs_at_a_time() {
     trap 'rm -rf "$failed"' EXIT
   fi
   if [ "$number" -eq 1 ]; then phase "$*"; else phase "$number at a time, each prints when it has ended: $*"; fi
-  printf '%s\n' "$@" | FAILED=$failed LIVE=$([ "$number" -gt 1 ] || echo 1) xargs -P "$number" -n 1 --process-slot-var=LANE scripts/job || true
+  printf '%s\n' "$@" | FAILED=$failed LIVE=$([ "$number" -gt 1 ] || echo 1) xargs -P "$number" -n 1 --process-slot-var=LANE scripts/job ||
+    [ -n "$(ls "$failed")" ] || say "a job of these was killed, and no other was begun: $*" >"$failed/killed"
 }
 
 # why a job failed, in few lines, for a log of which only the end is seen: pytest's summary, ansible's errors, or else the last lines

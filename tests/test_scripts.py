@@ -45,3 +45,15 @@ def test_a_failure_without_a_known_form_shows_its_last_lines(tmp_path: Path) -> 
     done = run(tmp_path, {"one": "seq 100; exit 3"}, number=1)
     assert done.returncode == 1
     assert done.stdout.rstrip().endswith("\n".join(str(number) for number in range(86, 101)))
+
+
+def test_a_job_that_is_killed_is_a_failure(tmp_path: Path) -> None:
+    done = run(tmp_path, {"one": "kill -9 $PPID"}, number=2)
+    assert done.returncode == 1
+    assert done.stdout.rstrip().endswith("a job of these was killed, and no other was begun: one")
+
+
+def test_whatever_status_a_job_ends_with_the_others_are_run(tmp_path: Path) -> None:
+    done = run(tmp_path, {"one": "exit 255", "two": "echo fine"}, number=2)
+    assert done.returncode == 1
+    assert "one: FAILED" in done.stdout and "two: passed" in done.stdout
