@@ -9,6 +9,8 @@ LABEL ?= now
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen-coder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
+# where it is set (images of containers do), every start of Ansible and of the engine would compile all of its code anew
+unexport PYTHONDONTWRITEBYTECODE
 # ansible refuses to run in a locale that is not UTF-8
 export LC_ALL := C.UTF-8
 
