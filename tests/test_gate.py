@@ -15,7 +15,7 @@ from plugins import load
 
 gate = load("roles/qwen_service/library/qwen_gate.py")
 PERSONA = "I am careful."
-GOLDEN = {
+GOLDEN: dict[str, Any] = {
     "model": "m",
     "persona": PERSONA,
     "prompts": {name: {"messages": [{"role": "user", "content": name}], "max_tokens": 3, "token_ids": [1, 2, 3]} for name in "abcde"},
@@ -131,7 +131,7 @@ def test_what_is_unfit_is_refused_with_a_sentence(prove: Any, server: Server, fa
 
 def test_some_golden_answers_may_differ_where_that_is_allowed(prove: Any, server: Server) -> None:
     server.fault = "nonsense"
-    golden = {**GOLDEN, "prompts": {**GOLDEN["prompts"], "f": {**GOLDEN["prompts"]["a"], "token_ids": [1, 9, 3]}}}  # type: ignore[dict-item]
+    golden = {**GOLDEN, "prompts": {**GOLDEN["prompts"], "f": {**GOLDEN["prompts"]["a"], "token_ids": [1, 9, 3]}}}
     assert prove(golden=golden, golden_share=0.1)[1][0] == "1 of 6 golden answers are right"
 
 
@@ -180,5 +180,5 @@ def test_that_it_ended_is_said_before_what_that_did_to_a_request(prove: Any, ser
 def test_nobody_there(prove: Any, server: Server) -> None:
     service = gate.Service("http://127.0.0.1:1", 2)
     assert not service.ready()
-    with pytest.raises(gate.GateError, match="^/chat is not answered: "):
+    with pytest.raises(gate.GateError, match=r"^/chat is not answered: "):
         service.window(1, 1)

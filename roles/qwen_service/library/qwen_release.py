@@ -359,7 +359,8 @@ def main() -> None:
         if options["state"] == "begun":
             module.exit_json(changed=False, rollout=releases.begin(options["id"], options["measured"], module.check_mode))
         if options["state"] == "ended":
-            module.exit_json(changed=False, rollout=releases.end(module.check_mode))
+            releases.end(module.check_mode)
+            module.exit_json(changed=False, rollout={})
         dry = module.check_mode or options["state"] == "info"
         name, before, changed = releases.switch(options["id"], Path(options["unit_dir"]), dry, options["previous"])
         state = releases.shown(options["unit"])
