@@ -1,21 +1,32 @@
-# --- appended to qwen_coder_service/main.py by molecule/upgrade/tests: a release that goes wrong as its env file says ---
-import asyncio as _asyncio  # noqa: E402
-import threading as _threading  # noqa: E402
+"""Put into the service's package by this scenario's tests: a release that goes wrong as its env file says (ROLLOUT_FAULT)."""
 
-_fault = os.environ.get("ROLLOUT_FAULT", "")
-if _fault == "import":
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+
+FAULT, SECONDS = os.environ.get("ROLLOUT_FAULT", ""), float(os.environ.get("ROLLOUT_FAULT_SECONDS", "0"))
+if FAULT == "import":
     raise ImportError("a package of this release is broken")
-if _fault == "crash":
-    _threading.Timer(float(os.environ["ROLLOUT_FAULT_SECONDS"]), os._exit, (1,)).start()
-if _fault == "slow":
-    _inner = app
+# it begins with the first question: how long a start takes does not matter
+crash = threading.Timer(SECONDS, os._exit, (1,))
+crash.daemon = True
 
-    async def app(scope, receive, send):  # type: ignore[no-redef]
-        """The same answers, each piece of them late."""
+
+def wrap(app):
+    """The service with the fault."""
+
+    async def faulty(scope, receive, send):
+        chat = scope["type"] == "http" and scope["path"] == "/chat"
+        if chat and FAULT == "crash" and not crash.is_alive():
+            crash.start()
 
         async def late(message):
-            if scope["type"] == "http" and scope["path"] == "/chat" and message["type"] == "http.response.body":
-                await _asyncio.sleep(float(os.environ["ROLLOUT_FAULT_SECONDS"]))
+            if chat and FAULT == "slow" and message["type"] == "http.response.body":
+                await asyncio.sleep(SECONDS)
             await send(message)
 
-        await _inner(scope, receive, late)
+        await app(scope, receive, late)
+
+    return faulty if FAULT in ("slow", "crash") else app
