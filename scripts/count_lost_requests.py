@@ -38,12 +38,14 @@ PAUSE_AFTER_FAILURE_S = 0.2
 class Kind:
     """A sort of request: how many clients send it, one after the other.
 
-    ``tokens`` is what each answer must have, to the token; with ``streaming`` it comes as server-sent events.
+    ``tokens`` is what each answer must have, to the token; with ``streaming`` it comes as server-sent events. Between an answer and its
+    next request a client waits ``pause_s`` seconds.
     """
 
     clients: int
     tokens: int
     streaming: bool = True
+    pause_s: float = 0
 
 
 @dataclass
@@ -211,8 +213,13 @@ class Load:
                 outcome.verdict = "failed" if outcome.first is None else "truncated"
                 outcome.detail = repr(error)
             outcome.ended = self.now
-            if outcome.verdict != "complete":
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+            await self._wait(kind.pause_s if outcome.verdict == "complete" else max(kind.pause_s, PAUSE_AFTER_FAILURE_S))
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait, and no longer than the load lasts."""
+        until = self.now + seconds
+        while (left := until - self.now) > 0 and not self._stop.is_set():
+            await asyncio.sleep(min(left, 0.2))
 
     async def _ask(self, http: httpx.AsyncClient, outcome: Outcome) -> None:
         kind = outcome.kind
@@ -260,6 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each of their answers (default: %(default)s)")
     parser.add_argument("--long-clients", type=int, default=0, help="clients more, whose streams are long (default: %(default)s)")
     parser.add_argument("--long-tokens", type=int, default=1024, help="tokens of each long answer (default: %(default)s)")
+    parser.add_argument(
+        "--pause", type=float, default=0, help="seconds that a client waits between an answer and its next request (default: %(default)s)"
+    )
     parser.add_argument("--settle", type=float, default=3, help="seconds of load before and after the command (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="length of the load if there is no command (default: %(default)s)")
     parser.add_argument("--at-least", type=int, default=1, help="go on until so many requests are complete (default: %(default)s)")
@@ -267,7 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="*", help="what to do meanwhile, after --")
     options = parser.parse_args(argv)
 
-    kinds = [Kind(options.clients, options.tokens), Kind(options.long_clients, options.long_tokens)]
+    kinds = [
+        Kind(options.clients, options.tokens, pause_s=options.pause),
+        Kind(options.long_clients, options.long_tokens, pause_s=options.pause),
+    ]
     status = 0
     with Load(options.url, options.key_file.read_text(encoding="utf-8").strip(), kinds, options.ca) as load:
         time.sleep(options.settle if options.command else options.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -123,6 +124,19 @@ def test_nothing_is_lost_where_nothing_fails(server: Server) -> None:
     assert str(report).splitlines()[-1] == f"{len(report.outcomes)} requests, 6 at once: 0 failed, 0 truncated."
 
 
+def test_a_client_pauses_between_its_requests_and_not_at_the_end(server: Server) -> None:
+    kinds = [counting.Kind(2, TOKENS, pause_s=0.3), counting.Kind(1, TOKENS, pause_s=60)]
+    with counting.Load(server.url, "key", kinds, timeout_s=2) as clients:
+        clients.wait_for(7)
+        began = time.monotonic()
+    assert time.monotonic() - began < 2
+    assert clients.report.lost == []
+    for client in (0, 1):
+        mine = [o for o in clients.outcomes if o.client == client]
+        assert all(after.asked - before.ended >= 0.3 for before, after in itertools.pairwise(mine))
+    assert len([o for o in clients.outcomes if o.client == 2]) == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "verdict", "detail"),
     [
@@ -164,6 +178,8 @@ def test_the_command_runs_under_load_and_its_status_counts(server: Server, tmp_p
         str(TOKENS),
         "--settle",
         "0.2",
+        "--pause",
+        "0.01",
         "--output",
         str(output),
     ]

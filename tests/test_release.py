@@ -137,3 +137,64 @@ def test_old_releases_go_and_with_them_what_only_they_used(releases: Any) -> Non
     assert [path.name for path in releases.environments.iterdir()] == ["2-b"]
     assert releases.forget(1, False) == ([names[3], names[2]], [names[1]])
     assert releases.complete() == [names[3], names[2]]
+
+
+def test_a_roll_out_that_did_not_end_knows_what_served(releases: Any) -> None:
+    first, second, third = (prepare(releases, f"x={number}\n")[0] for number in range(3))
+    switch(releases, first)
+    assert (releases.rollout(), releases.good()) == ({}, first)
+    measured = {"ttft_ms": 1.0}
+    assert releases.begin(second, {}, True)["from"] == first
+    assert not releases.memory.exists()
+    releases.begin(second, {}, False)
+    assert releases.begin(second, measured, False) == {"from": first, "previous": "", "to": second, "asked": second, "measured": measured}
+    switch(releases, second)
+    # killed here; what the next run is to do may be another release
+    assert (releases.good(), releases.named("current")) == (first, second)
+    assert releases.begin(third, {}, False) == {"from": first, "previous": "", "to": third, "asked": third, "measured": measured}
+    assert releases.forget(1, True)[1] == [third]
+    assert first in releases.forget(1, True)[0]
+    releases.end(False)
+    assert (releases.rollout(), releases.good()) == ({}, second)
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"from": 1}'])
+def test_what_is_no_memory_of_a_roll_out_is_none(releases: Any, left: str) -> None:
+    first = prepare(releases)[0]
+    switch(releases, first)
+    releases.memory.write_text(left)
+    assert (releases.rollout(), releases.good()) == ({}, first)
+
+
+def test_the_release_before_stays_the_same_over_a_roll_back_that_was_killed(releases: Any) -> None:
+    first, second = prepare(releases)[0], prepare(releases, "x=2\n")[0]
+    switch(releases, first)
+    switch(releases, second)
+    releases.begin("previous", {}, False)
+    assert switch(releases, "previous") == (first, second, True)
+    assert releases.named("previous") == second
+    assert releases.known("previous") == first
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_back_from_an_upgrade_that_was_killed_is_what_ran_before_it(releases: Any, switched: bool) -> None:
+    first, second, third = (prepare(releases, f"x={number}\n")[0] for number in range(3))
+    for name in (first, second):
+        switch(releases, name)
+    releases.begin(third, {}, False)
+    if switched:
+        switch(releases, third)
+    assert releases.known("previous") == second
+
+
+def test_a_release_that_was_refused_does_not_become_the_one_before(releases: Any) -> None:
+    first, second, third = (prepare(releases, f"x={number}\n")[0] for number in range(3))
+    units = releases.root / "units"
+    switch(releases, first)
+    switch(releases, second)
+    assert releases.switch(first, units, False, "") == (first, second, True)
+    assert releases.named("previous") == ""
+    switch(releases, second)
+    switch(releases, third)
+    releases.switch(second, units, False, first)
+    assert (releases.named("current"), releases.named("previous")) == (second, first)

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from count_lost_requests import Kind, Load
+from fleet import fault, run_playbook, wait_until_both_serve
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKFLOWS = ROOT / "service_src/validation/workflows"
@@ -37,26 +38,6 @@ def client(inventory):
         limits=httpx.Limits(max_connections=64),
     ) as result:
         yield result
-
-
-def fault(verb, name):
-    """A power cut and its end, from the lab's own tool."""
-    subprocess.run([ROOT / "molecule/lab/fault", verb, name], check=True, env=os.environ, stdout=subprocess.DEVNULL)
-
-
-def wait_until_both_serve(on):
-    """Both nodes stand as UP at the gateway."""
-    program = (
-        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/qwen-gateway/admin.sock'); "
-        "s.send(b'show stat\\n'); print(s.makefile().read())"
-    )
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline:
-        rows = [line.split(",") for line in on("gw1").check_output("python3 -c %s", program).splitlines() if line.startswith("nodes,node")]
-        if [row[17] for row in rows] == ["UP", "UP"]:
-            return
-        time.sleep(1)
-    raise AssertionError(f"nodes did not come back: {rows}")
 
 
 def test_greedy_answer_equals_transformers_token_for_token(client, on, greedy):
@@ -177,18 +158,6 @@ def test_the_node_comes_back_by_itself_after_the_power_cut(client, on):
     assert client.post("/chat", json=QUESTION).status_code == 200
 
 
-def run_playbook(playbook, *options):
-    """A playbook on the scenario's inventory, as an operator would run it; what it printed, and its recap by host."""
-    inventory = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
-    result = subprocess.run(
-        ["ansible-playbook", "-i", inventory, *options, ROOT / f"playbooks/{playbook}.yml"],
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)", result.stdout.split("PLAY RECAP")[1], re.MULTILINE)
-    return result.stdout, {host: int(changed) for host, changed in rows}
-
-
 def test_validation_passes_on_every_node_and_through_the_gateway(on, tmp_path):
     wait_until_both_serve(on)
     # how fast a node has to be is not judged beside three other hosts: service_src/tests/test_validate.py does
@@ -211,7 +180,7 @@ def test_validation_passes_on_every_node_and_through_the_gateway(on, tmp_path):
 def test_another_value_of_one_host_is_another_release_of_it_and_goes_back(on, tmp_path):
     wait_until_both_serve(on)
     more = tmp_path / "more.yml"
-    more.write_text("qwen_nodes: {hosts: {node2: {qwen_service_max_num_seqs: 24}}}\n")
+    more.write_text("qwen_nodes: {hosts: {node2: {qwen_service_max_num_seqs: 24, qwen_service_rollout_watch_seconds: 2}}}\n")
     units = "systemctl show -p Id,InvocationID --value qwen-coder qwen-mtls-proxy qwen-gateway"
     began = {host: on(host).check_output("date +%s.%N") for host in HOSTS}
     before = {host: on(host).check_output(units).split() for host in HOSTS}
@@ -224,7 +193,8 @@ def test_another_value_of_one_host_is_another_release_of_it_and_goes_back(on, tm
     assert re.findall(r"^[-+](?![-+]).*max_num_seqs.*$", output, re.MULTILINE)[-2:] == ["-max_num_seqs=32", "+max_num_seqs=24"]
 
     _, changed = run_playbook("site", "-i", more)
-    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 3, "mon1": 0}  # the release, the switch and the restart
+    assert changed == {"localhost": 1, "gw1": 0, "node1": 0, "node2": 5, "mon1": 0}
+    # the release; and in its turn: out of rotation, the switch, the restart, into rotation
     touched = "find /etc /opt -xdev -type f -newermt @%s -not -path '*/cache/*'"
     second = on("node2").file(f"{root}/current").linked_to
     assert second != first
@@ -238,7 +208,7 @@ def test_another_value_of_one_host_is_another_release_of_it_and_goes_back(on, tm
     assert on("node2").check_output("curl -fsS http://127.0.0.1:8080/ready")
 
     output, changed = run_playbook("rollback", "--limit", "node2,localhost")
-    assert changed == {"localhost": 0, "node2": 2}
+    assert changed == {"localhost": 0, "node2": 4}  # the same without a release to put together
     assert f"node2 runs {Path(first).name}; before, it was {Path(second).name}." in output
     assert on("node2").file(f"{root}/current/qwen-coder.env").content_string == env
     assert on("node2").check_output(units).split()[:2] != after["node2"][:2]
