@@ -65,6 +65,9 @@ options:
     description: The unit that runs the current release.
     type: str
     default: qwen-coder.service
+  instead:
+    description: Another unit that may serve in its place, in which case it need not run.
+    type: str
   keep:
     description: For C(current), how many releases stay; current and previous one always do.
     type: int
@@ -344,6 +347,7 @@ def main() -> None:
             "unit_dir": {"type": "path", "default": "/etc/systemd/system"},
             "keep": {"type": "int", "default": 3},
             "unit": {"type": "str", "default": "qwen-coder.service"},
+            "instead": {"type": "str"},
         },
         required_if=[("state", "prepared", ["environment"]), *((("state", state, ["id"])) for state in ("current", "info", "begun"))],
         supports_check_mode=True,
@@ -363,7 +367,7 @@ def main() -> None:
             module.exit_json(changed=False, rollout={})
         dry = module.check_mode or options["state"] == "info"
         name, before, changed = releases.switch(options["id"], Path(options["unit_dir"]), dry, options["previous"])
-        state = releases.shown(options["unit"])
+        state, instead = releases.shown(options["unit"]), releases.shown(options["instead"]) if options["instead"] else {}
         restart = changed or releases.outdated(state)
         if options["state"] == "info":
             # a dry run did not put it together
@@ -371,7 +375,7 @@ def main() -> None:
             rollout = releases.rollout()
             module.exit_json(
                 changed=False, id=name, before=before, previous=releases.named("previous"), about=releases.about(name), rollout=rollout,
-                good=releases.good(), restart=restart, due=restart or bool(rollout) or state.get("ActiveState") != "active",
+                good=releases.good(), restart=restart, due=restart or bool(rollout) or "active" not in (state.get("ActiveState"), instead.get("ActiveState")),
             )  # fmt: skip
         kept, removed = releases.forget(options["keep"], module.check_mode)
     except ReleaseError as error:
