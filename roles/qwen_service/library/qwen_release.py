@@ -372,10 +372,10 @@ def main() -> None:
         if options["state"] == "info":
             # a dry run did not put it together
             name = name if module.check_mode else releases.known(name)
-            rollout = releases.rollout()
+            rollout, serves = releases.rollout(), "active" in (state.get("ActiveState"), instead.get("ActiveState"))
             module.exit_json(
                 changed=False, id=name, before=before, previous=releases.named("previous"), about=releases.about(name), rollout=rollout,
-                good=releases.good(), restart=restart, due=restart or bool(rollout) or "active" not in (state.get("ActiveState"), instead.get("ActiveState")),
+                good=releases.good(), restart=restart, due=restart or bool(rollout) or not serves,
             )  # fmt: skip
         kept, removed = releases.forget(options["keep"], module.check_mode)
     except ReleaseError as error:
