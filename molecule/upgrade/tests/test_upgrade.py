@@ -89,7 +89,7 @@ def order(output):
 
 def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(load, on, more, as_before):
     options = more({"qwen_service_backend": "vllm", "qwen_service_max_num_seqs": 24, "qwen_service_rollout_canaries": ["node2"]})
-    with load(Kind(32, 24, pause_s=2), Kind(2, 600, pause_s=10)) as clients:
+    with load(Kind(32, 24, pause_s=2), Kind(3, 600)) as clients:
         clients.wait_for(100)
         clients.mark("upgrade")
         output, changed = run_playbook("upgrade", *options)
