@@ -1,120 +1,48 @@
 """Upgrades, roll-back and maintenance of a fleet that serves: nothing is lost, and what goes wrong undoes itself and stops.
 
-Every test leaves both nodes in service. They go on from each other, in this order: the first upgrade is of vLLM, the second to the
-transformers backend, which starts in a quarter of the time, and there they stay.
+Every test leaves both nodes in service. They go on from each other, in this order: the first takes the nodes to the transformers backend,
+which starts in a quarter of vLLM's time, and there they stay. (vLLM under load is upgraded in scenario site.)
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
-from count_lost_requests import Kind, Load
-from fleet import ROOT, fault, run_playbook, states, stop_playbook, wait_until_both_serve
-
-CODER = "/opt/qwen-coder-service"
-NODES = ("node1", "node2")
-MODEL = f"{CODER}/models/qwen-coder-tiny"
-QUICK = {
-    "qwen_service_rollout_watch_seconds": 3,
-    "qwen_service_rollout_drain_seconds": 1,
-    "qwen_service_rollout_requests": 6,
-}
-
-
-@pytest.fixture(scope="module")
-def load(inventory):
-    """Clients that keep asking through the gateway: ``with load(Kind(4, 24)) as clients``."""
-    url, ca = f"https://{inventory('gw1', 'ansible_host')}/api/qwen", inventory("gw1", "pki_ca_dir") + "/ca.crt"
-    key = Path(inventory("gw1", "lab_client_key_file")).read_text().strip()
-    return lambda *kinds: Load(url, key, kinds, ca)
-
-
-LIGHT = Kind(4, 24, pause_s=0.5)
+from fleet import ROOT, fault, run_playbook, states, stop_playbook
+from rollouts import (
+    BAD_WEIGHTS,
+    CODER,
+    LIGHT,
+    NODES,
+    as_before,  # noqa: F401 (a fixture)
+    check_all_is_well,
+    check_it_was_refused,
+    current,
+    invocation,
+    load_of,  # noqa: F401 (a fixture)
+    order,
+    place_bad_weights,
+    said,
+)
+from rollouts import more as more_of  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
-def more(tmp_path):
-    """An inventory beside the lab's: ``more({"qwen_service_max_num_seqs": 24})``, for both nodes or those that are named."""
-
-    def write(values=(), nodes=NODES, **of_host):
-        hosts = {name: {**(dict(values) if name in nodes else {}), **of_host.get(name, {})} for name in NODES}
-        common = {"qwen_service_backend": "transformers", **QUICK, "qwen_service_rollout_evidence_dir": str(tmp_path / "evidence")}
-        file = tmp_path / "more.yml"
-        file.write_text(yaml.safe_dump({"qwen_nodes": {"hosts": hosts, "vars": common}}))
-        return ["-i", str(file)]
-
-    return write
+def more(more_of):  # noqa: F811
+    """The same, for nodes of the transformers backend."""
+    return partial(more_of, common={"qwen_service_backend": "transformers"})
 
 
-def current(node):
-    return Path(node.file(f"{CODER}/current").linked_to).name
-
-
-def invocation(node):
-    return node.check_output("systemctl show -p InvocationID --value qwen-coder")
-
-
-def said(output):
-    """What a playbook printed, on one line and without YAML's quotes of quotes."""
-    return " ".join(output.replace("''", "'").split())
-
-
-@pytest.fixture
-def as_before(on):
-    """What a host ran before the test: {host: (release, run of the service)}."""
-    wait_until_both_serve(on)
-    return {name: (current(on(name)), invocation(on(name))) for name in NODES}
-
-
-def check_all_is_well(on):
-    wait_until_both_serve(on)
-    for name in NODES:
-        assert on(name).check_output("curl -fsS http://127.0.0.1:8080/ready")
-        assert not on(name).file(f"{CODER}/rollout.json").exists
-
-
-def order(output):
-    """The nodes that had their turn, in their order."""
-    return re.findall(r"(node\d) runs \S+; before, it was", said(output))
-
-
-def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(load, on, more, as_before):
-    options = more({"qwen_service_backend": "vllm", "qwen_service_max_num_seqs": 24, "qwen_service_rollout_canaries": ["node2"]})
-    with load(Kind(32, 24, pause_s=2), Kind(3, 600)) as clients:
-        clients.wait_for(100)
-        clients.mark("upgrade")
-        output, changed = run_playbook("upgrade", *options)
-        clients.mark("upgrade ended")
-        clients.wait_for(2000, timeout_s=600)
-    print(clients.report)
-    assert clients.report.lost == []
-    assert len(clients.outcomes) >= 2000
-    # the release; out of rotation, the switch, the restart, into rotation
-    assert {name: changed[name] for name in NODES} == {"node1": 5, "node2": 5}
-    assert order(output) == ["node2", "node1"]
-    assert re.search(r"node\d still answers after 1 s: \S+ since \S+ \(gateway gw1\)", said(output))
-    assert "golden answers are right" in said(output)
-    for name in NODES:
-        assert current(on(name)) != as_before[name][0]
-        assert "max_num_seqs=24" in on(name).file(f"{CODER}/current/qwen-coder.env").content_string
-    check_all_is_well(on)
-
-    output, changed = run_playbook("upgrade", *options)
-    assert {name: changed[name] for name in NODES} == {"node1": 0, "node2": 0}
-    assert order(output) == []
-
-
-def test_another_backend_is_another_release(load, on, more, as_before):
-    with load(LIGHT) as clients:
+def test_another_backend_is_another_release(load_of, on, more, as_before):  # noqa: F811
+    with load_of(LIGHT) as clients:
         clients.wait_for(20)
         output, _ = run_playbook("upgrade", *more())
         clients.wait_for(len(clients.outcomes) + 20)
@@ -125,7 +53,7 @@ def test_another_backend_is_another_release(load, on, more, as_before):
     check_all_is_well(on)
 
 
-def test_a_release_that_is_not_there_is_refused_before_anything_is_done(on, more, as_before):
+def test_a_release_that_is_not_there_is_refused_before_anything_is_done(on, more, as_before):  # noqa: F811
     output, _ = run_playbook("rollback", *more(), "-e", "rollback_to=none", fails=True)
     assert "there is no release 'none' on this host; set it to one of those that are: " in said(output)
     assert {name: (current(on(name)), invocation(on(name))) for name in NODES} == as_before
@@ -149,10 +77,10 @@ def patched(tmp_path_factory):
     shutil.rmtree(own)
 
 
-def test_a_run_that_is_killed_while_it_puts_together_is_completed_by_the_next(load, on, more, patched, as_before):
+def test_a_run_that_is_killed_while_it_puts_together_is_completed_by_the_next(load_of, on, more, patched, as_before):  # noqa: F811
     """And the environment with the faults is there from then on."""
     options = [*more(patched, nodes=["node1"]), "--limit", "node1,localhost"]
-    with load(LIGHT) as clients:
+    with load_of(LIGHT) as clients:
         stop_playbook("upgrade", *options, at=["PLAY [2/3", "Packages | Install what is locked"], after=5)
         assert current(on("node1")) == as_before["node1"][0]
         _, changed = run_playbook("upgrade", *options)
@@ -163,10 +91,10 @@ def test_a_run_that_is_killed_while_it_puts_together_is_completed_by_the_next(lo
     # it stays what node1 runs: what follows is another setting of it, and costs no environment more
 
 
-def test_back_to_the_release_before_and_forward_again_and_nothing_is_lost(load, on, more, as_before):
+def test_back_to_the_release_before_and_forward_again_and_nothing_is_lost(load_of, on, more, as_before):  # noqa: F811
     before = Path(on("node1").file(f"{CODER}/previous").linked_to).name
     options = [*more(), "--limit", "node1,localhost"]
-    with load(LIGHT) as clients:
+    with load_of(LIGHT) as clients:
         clients.wait_for(10)
         output, changed = run_playbook("rollback", *options)
         assert (current(on("node1")), changed) == (before, {"localhost": 0, "node1": 4})
@@ -185,10 +113,8 @@ BAD = {
         "Run | Let what changed take effect",
         "ImportError: a package of this release is broken",
     ),
-    "corrupt weights": ({"qwen_service_model_source": "directory", "qwen_service_model_dir": "/srv/corrupt"},
-                        "Run | Let what changed take effect", ""),
-    "nonsense": ({"qwen_service_model_source": "directory", "qwen_service_model_dir": "/srv/nonsense"},
-                 "Gate | Ask it", "golden answers are right; wrong are"),
+    "corrupt weights": (BAD_WEIGHTS["corrupt"], "Run | Let what changed take effect", ""),
+    "nonsense": (BAD_WEIGHTS["nonsense"], "Gate | Ask it", "golden answers are right; wrong are"),
     "slower": (
         {"qwen_service_extra_settings": {"ROLLOUT_FAULT": "slow", "ROLLOUT_FAULT_SECONDS": "0.1"}},
         "Gate | Ask it", "of the release before; at most 1.5 times is allowed",
@@ -203,22 +129,6 @@ BAD = {
     "full disk": ({"qwen_service_start_timeout_seconds": 1799}, "Run | Make it the current release", "No space left on device"),
 }  # fmt: skip
 
-WEIGHTS = f"""
-    set -e
-    for kind in corrupt nonsense; do rm -rf /srv/$kind; cp -r {MODEL} /srv/$kind; chmod -R a+rX /srv/$kind; done
-    python3 - <<'END'
-import glob, random, struct
-for path in glob.glob("/srv/corrupt/*.safetensors"):
-    with open(path, "r+b") as file:
-        file.write(b"?" * 64)
-for path in glob.glob("/srv/nonsense/*.safetensors"):
-    data = bytearray(open(path, "rb").read())
-    begin = 8 + struct.unpack("<Q", data[:8])[0]
-    numbers = [data[at:at + 4] for at in range(begin, len(data), 4)]
-    random.Random(1).shuffle(numbers)
-    data[begin:] = b"".join(numbers)
-    open(path, "wb").write(data)
-END"""
 # the unit is written where nothing more fits
 FILL = """
     set -e
@@ -229,17 +139,16 @@ FILL = """
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_release_undoes_itself_and_stops_the_roll_out(load, on, more, patched, as_before, tmp_path, case):
+def test_a_bad_release_undoes_itself_and_stops_the_roll_out(load_of, on, more, patched, as_before, tmp_path, case):  # noqa: F811
     given, task, why = BAD[case]
     node = on("node1")
     if "model_dir" in str(given):
-        node.check_output("bash -ec %s", WEIGHTS)
-        on("node2").check_output("bash -ec %s", WEIGHTS)
+        place_bad_weights(on)
     if case == "full disk":
         node.check_output("bash -ec %s", FILL)
     values = {**given, "qwen_service_rollout_canaries": ["node1"]}
     try:
-        with load(LIGHT) as clients:
+        with load_of(LIGHT) as clients:
             clients.wait_for(10)
             # both nodes are to have it, and only the first gets it
             output, _ = run_playbook("upgrade", *more(values, node1=patched), fails=True)
@@ -248,23 +157,10 @@ def test_a_bad_release_undoes_itself_and_stops_the_roll_out(load, on, more, patc
         if case == "full disk":
             node.check_output("umount /etc/systemd/system && systemctl daemon-reload")
     assert clients.report.lost == []
-    paragraph = re.search(r"node1: release (\S+) was refused at '([^']+)': .*? goes on with this node\.", said(output))
-    assert paragraph, output
-    assert task in paragraph[2]
-    assert why in paragraph[0], paragraph[0]
-    assert f"node1 runs {as_before['node1'][0]} again and is in service." in paragraph[0]
-    assert current(node) == as_before["node1"][0]
-    assert (current(on("node2")), invocation(on("node2"))) == as_before["node2"]
-    check_all_is_well(on)
-    [evidence] = (tmp_path / "evidence").iterdir()
-    assert str(evidence) in paragraph[0]
-    assert {"journal.log", "status.txt", "qwen-coder.env", "qwen-coder.service", "release.json", "metrics.txt", "reason.json"} <= {
-        file.name for file in evidence.iterdir()
-    }
-    assert json.loads((evidence / "release.json").read_text())["id"] == paragraph[1]
+    check_it_was_refused(on, output, as_before, tmp_path / "evidence", task, why)
 
 
-def test_a_unit_that_does_not_parse_is_refused_while_it_is_put_together(on, more, patched, as_before):
+def test_a_unit_that_does_not_parse_is_refused_while_it_is_put_together(on, more, patched, as_before):  # noqa: F811
     values = {"qwen_service_start_timeout_seconds": 10**22}
     output, _ = run_playbook("upgrade", *more(values, node1=patched), fails=True)
     assert re.search(
@@ -284,11 +180,11 @@ STEPS = [
 ]
 
 
-def test_a_run_that_is_interrupted_again_and_again_is_completed_by_the_next(load, on, more, patched, as_before):
+def test_a_run_that_is_interrupted_again_and_again_is_completed_by_the_next(load_of, on, more, patched, as_before):  # noqa: F811
     """Each goes on where the one before it was stopped, one step further."""
     options = [*more({"qwen_service_max_num_seqs": 24}, nodes=["node1"], node1={**patched, "qwen_service_max_num_seqs": 24}),
                "--limit", "node1,localhost"]  # fmt: skip
-    with load(LIGHT) as clients:
+    with load_of(LIGHT) as clients:
         clients.wait_for(10)
         for at, how, after in STEPS:
             stop_playbook("upgrade", *options, at=[*TURN, at], how=how, after=after)
@@ -302,9 +198,9 @@ def test_a_run_that_is_interrupted_again_and_again_is_completed_by_the_next(load
     check_all_is_well(on)
 
 
-def test_a_host_that_cannot_be_reached_stays_out_and_the_next_run_goes_on(load, on, more, patched, as_before):
+def test_a_host_that_cannot_be_reached_stays_out_and_the_next_run_goes_on(load_of, on, more, patched, as_before):  # noqa: F811
     options = more({"qwen_service_max_num_seqs": 16}, nodes=["node1"], node1=patched)
-    with load(LIGHT) as clients:
+    with load_of(LIGHT) as clients:
         clients.wait_for(10)
         stop_playbook(
             "upgrade", *options, at=[*TURN, "Turn | Measure what is to be replaced"], how=None, then=lambda: fault("cut", "node1")
@@ -320,9 +216,9 @@ def test_a_host_that_cannot_be_reached_stays_out_and_the_next_run_goes_on(load, 
     check_all_is_well(on)
 
 
-def test_what_a_person_took_out_stays_out_until_a_person_puts_it_back(load, on, more, as_before):
+def test_what_a_person_took_out_stays_out_until_a_person_puts_it_back(load_of, on, more, as_before):  # noqa: F811
     drain = ["-e", "maintenance=drain", "--limit"]
-    with load(LIGHT) as clients:
+    with load_of(LIGHT) as clients:
         clients.wait_for(10)
         run_playbook("maintenance", *more(), *drain, "node1")
         output, _ = run_playbook("maintenance", *more(), *drain, "node2", fails=True)
@@ -346,9 +242,9 @@ def test_what_a_person_took_out_stays_out_until_a_person_puts_it_back(load, on, 
     check_all_is_well(on)
 
 
-def test_a_node_is_rebooted_under_load_and_nothing_is_lost(load, on, more, as_before):
+def test_a_node_is_rebooted_under_load_and_nothing_is_lost(load_of, on, more, as_before):  # noqa: F811
     boot = on("node2").check_output("cat /proc/sys/kernel/random/boot_id; date +%s").split()
-    with load(LIGHT) as clients:
+    with load_of(LIGHT) as clients:
         clients.wait_for(10)
         run_playbook("maintenance", *more(), "-e", "maintenance=reboot", "--limit", "node2")
         clients.wait_for(len(clients.outcomes) + 10)

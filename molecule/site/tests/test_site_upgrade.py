@@ -1,0 +1,59 @@
+"""An upgrade of the whole site while clients stream, and one that is refused; scenario upgrade tries everything else that goes wrong."""
+
+from __future__ import annotations
+
+import re
+
+from count_lost_requests import Kind
+from fleet import run_playbook
+from rollouts import (
+    BAD_WEIGHTS,
+    CODER,
+    LIGHT,
+    NODES,
+    as_before,  # noqa: F401 (a fixture)
+    check_all_is_well,
+    check_it_was_refused,
+    current,
+    load_of,  # noqa: F401 (a fixture)
+    more,  # noqa: F401 (a fixture)
+    order,
+    place_bad_weights,
+    said,
+)
+
+
+def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(load_of, on, more, as_before):  # noqa: F811
+    options = more({"qwen_service_max_num_seqs": 24, "qwen_service_rollout_canaries": ["node2"]})
+    with load_of(Kind(32, 24, pause_s=2), Kind(3, 600)) as clients:
+        clients.wait_for(100)
+        clients.mark("upgrade")
+        output, changed = run_playbook("upgrade", *options)
+        clients.mark("upgrade ended")
+        clients.wait_for(2000, timeout_s=600)
+    print(clients.report)
+    assert clients.report.lost == []
+    assert len(clients.outcomes) >= 2000
+    # the release; out of rotation, the switch, the restart, into rotation
+    assert {name: changed[name] for name in NODES} == {"node1": 5, "node2": 5}
+    assert order(output) == ["node2", "node1"]
+    assert re.search(r"node\d still answers after 1 s: \S+ since \S+ \(gateway gw1\)", said(output))
+    assert "golden answers are right" in said(output)
+    for name in NODES:
+        assert current(on(name)) != as_before[name][0]
+        assert "max_num_seqs=24" in on(name).file(f"{CODER}/current/qwen-coder.env").content_string
+    check_all_is_well(on)
+
+    output, changed = run_playbook("upgrade", *options)
+    assert {name: changed[name] for name in NODES} == {"node1": 0, "node2": 0}
+    assert order(output) == []
+
+
+def test_a_release_that_answers_nonsense_undoes_itself_and_stops_the_roll_out(load_of, on, more, as_before, tmp_path):  # noqa: F811
+    place_bad_weights(on)
+    with load_of(LIGHT) as clients:
+        clients.wait_for(10)
+        output, _ = run_playbook("upgrade", *more({**BAD_WEIGHTS["nonsense"], "qwen_service_max_num_seqs": 24}), fails=True)
+        clients.wait_for(len(clients.outcomes) + 10)
+    assert clients.report.lost == []
+    check_it_was_refused(on, output, as_before, tmp_path / "evidence", "Gate | Ask it", "golden answers are right; wrong are")
