@@ -16,7 +16,14 @@ rollout = load("roles/qwen_service/filter_plugins/qwen_rollout.py")
 
 def asked(gateway: str, *others: str, up: bool = True, **more: Any) -> dict[str, Any]:
     """What a gateway answers about a node."""
-    return {"__gateway_server_at": gateway, "others_up": list(others), "up": up, "status": "UP" if up else "DOWN", **more}
+    return {
+        "__gateway_server_at": gateway,
+        "others_up": list(others),
+        "others_drained": [],
+        "up": up,
+        "status": "UP" if up else "DOWN",
+        **more,
+    }
 
 
 @pytest.mark.parametrize(
@@ -38,8 +45,16 @@ def test_who_can_be_missed(gateways: Any, leaving: list[str], least: int, senten
     assert rollout.rotation_problems(gateways, "node1", leaving, least) == sentences
 
 
-def test_canaries_come_first_and_in_their_order() -> None:
-    assert rollout.lineup(["node1", "node2", "node3"], ["node3", "node9", "node2"]) == ["node3", "node2", "node1"]
+def test_who_is_taken_out_by_a_roll_out_that_did_not_end_counts_where_it_is_put_back_first() -> None:
+    gateways = [asked("gw1", others_drained=["node2"])]
+    assert rollout.rotation_problems(gateways, "node1", [], 1, returning=True) == []
+    assert len(rollout.rotation_problems(gateways, "node1", [], 1)) == 1
+
+
+def test_canaries_come_first_and_in_their_order_but_for_what_is_to_be_completed() -> None:
+    nodes = ["node1", "node2", "node3"]
+    assert rollout.lineup(nodes, ["node3", "node9", "node2"], []) == ["node3", "node2", "node1"]
+    assert rollout.lineup(nodes, ["node3"], ["node2"]) == ["node2", "node3", "node1"]
 
 
 def test_versions_of_releases() -> None:

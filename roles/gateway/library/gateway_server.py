@@ -59,6 +59,8 @@ before:
   description: The node's state at the gateway before.
 others_up:
   description: Nodes beside this one that take requests.
+others_drained:
+  description: Nodes beside this one that a roll-out has taken out, and not yet put back.
 sessions:
   description: Requests that the node still answers.
 running:
@@ -200,9 +202,11 @@ def main() -> None:
     except OSError as error:
         module.fail_json(msg=f"the gateway's socket {options['socket']} does not answer: {error}")
     others = sorted(other for other, row in servers.items() if other != name and row["status"].startswith("UP"))
+    drained = sorted(other for other in servers if other != name and gateway.taken_out(other) == "drain")
     load = sum(int(row["scur"]) + int(row["qcur"] or 0) for row in servers.values())
     module.exit_json(
-        changed=changed, before=before, status=row["status"], sessions=sessions, running=running, up=up, others_up=others, load=load
+        changed=changed, before=before, status=row["status"], sessions=sessions, running=running, up=up, others_up=others,
+        others_drained=drained, load=load,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 Asked = Sequence[Mapping[str, Any]]
 
 
-def rotation_problems(asked: Asked, host: str, leaving: Iterable[str], min_up: int) -> list[str]:
+def rotation_problems(asked: Asked, host: str, leaving: Iterable[str], min_up: int, returning: bool = False) -> list[str]:
     """Gateways that would have too few nodes without a host.
 
     Args:
@@ -16,13 +16,15 @@ def rotation_problems(asked: Asked, host: str, leaving: Iterable[str], min_up: i
         host: the node that is to be taken out.
         leaving: all nodes that are to be taken out at the same time.
         min_up: how many others there must be.
+        returning: whether nodes count that a roll-out which did not end has taken out; this one puts them back first.
 
     Returns:
         One sentence a gateway; a node that gets no requests there is missed by nobody.
     """
     found = []
     for answer in asked:
-        others = [name for name in answer["others_up"] if name not in set(leaving)]
+        there = {*answer["others_up"], *(answer["others_drained"] if returning else [])}
+        others = sorted(there - set(leaving))
         if answer["up"] and len(others) < min_up:
             left = f"only {', '.join(others)}" if others else "no other node"
             found.append(
@@ -48,9 +50,9 @@ def versions(releases: Iterable[str]) -> list[str]:
     return sorted({release.partition("-")[0] for release in releases if release})
 
 
-def lineup(nodes: Sequence[str], canaries: Sequence[str]) -> list[str]:
-    """Nodes in the order in which they have their turn: canaries first, as they are listed; then the others."""
-    return [name for name in canaries if name in nodes] + [name for name in nodes if name not in canaries]
+def lineup(nodes: Sequence[str], canaries: Sequence[str], begun: Sequence[str]) -> list[str]:
+    """Nodes in the order in which they have their turn: those that another roll-out left in theirs, canaries as they are listed, others."""
+    return list(dict.fromkeys(name for name in [*begun, *canaries, *nodes] if name in nodes))
 
 
 def reason(result: Mapping[str, Any]) -> str:
