@@ -68,9 +68,11 @@ def test_the_playbook_says_what_it_wants(options: tuple[str, ...], sentence: str
     ],
 )
 def test_preflight_refuses_a_wrong_value(variable: str, sentence: str, secrets: str, tmp_path: Path) -> None:
-    """Of the nodes that have a standby: the one with AWQ weights has none."""
+    """Of the nodes that have a standby."""
+    more = tmp_path / "more.yml"
+    more.write_text("qwen_nodes: {hosts: {node1: {transformers_standby_enabled: true}}}\n")
     result = ansible_playbook(
-        "-i", "inventories/example", secrets, "-e", variable, "-e", f"preflight_report={tmp_path}/report.md", "-e", "ansible_timeout=1",
+        "-i", "inventories/example", "-i", more, secrets, "-e", variable, "-e", f"preflight_report={tmp_path}/report.md", "-e", "ansible_timeout=1",
         "--limit", "node1,node3,localhost", "playbooks/preflight.yml",
     )  # fmt: skip
     assert result.returncode != 0
