@@ -194,9 +194,6 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
             "QWEN_METRICS_BIND": f"127.0.0.1:{metrics}",
             "QWEN_KV_CACHE_MEMORY_BYTES": str(32 << 20),
             "QWEN_ENFORCE_EAGER": "true",
-            # by itself, every engine takes the machine's first core
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
             "QWEN_DRAIN_TIMEOUT_S": "60",
             "VLLM_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
             "VLLM_CACHE_DIR": str(folder),
