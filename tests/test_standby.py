@@ -72,7 +72,8 @@ def test_preflight_refuses_a_wrong_value(variable: str, sentence: str, secrets: 
     more = tmp_path / "more.yml"
     more.write_text("qwen_nodes: {hosts: {node1: {transformers_standby_enabled: true}}}\n")
     result = ansible_playbook(
-        "-i", "inventories/example", "-i", more, secrets, "-e", variable, "-e", f"preflight_report={tmp_path}/report.md", "-e", "ansible_timeout=1",
+        "-i", "inventories/example", "-i", more, secrets, "-e", variable, "-e", f"preflight_report={tmp_path}/report.md",
+        "-e", "ansible_timeout=1",
         "--limit", "node1,node3,localhost", "playbooks/preflight.yml",
     )  # fmt: skip
     assert result.returncode != 0
