@@ -155,6 +155,30 @@ def test_slower_than_before_is_refused_and_a_slow_moment_is_not(prove: Any, serv
     assert prove(reference={"ttft_ms": 10, "token_ms": 10})[0]["token_ms"] == 10
 
 
+def test_what_is_slow_for_a_part_of_the_watch_is_not_refused(prove: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_until = time.monotonic() + 0.5
+
+    def window(*_: object) -> dict[str, float]:
+        time.sleep(0.05)
+        return {"ttft_ms": 10.0, "token_ms": 20.0 if time.monotonic() < slow_until else 11.0}
+
+    monkeypatch.setattr(gate.Service, "window", window)
+    assert prove(reference={"ttft_ms": 10, "token_ms": 10}, watch_seconds=2)[0]["token_ms"] == 11
+    slow_until = time.monotonic() + 60
+    with pytest.raises(gate.GateError, match=r"^a token takes 20 ms, 2\.0 times the 10 ms"):
+        prove(reference={"ttft_ms": 10, "token_ms": 10}, watch_seconds=1)
+
+
+def test_what_is_measured_are_usual_moments(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [{"ttft_ms": 10.0, "token_ms": 9.0}, {"ttft_ms": 70.0, "token_ms": 40.0}, {"ttft_ms": 20.0, "token_ms": 8.0}]
+    monkeypatch.setattr(gate.Service, "window", lambda *_: windows.pop(0))
+    service = gate.Service(f"http://127.0.0.1:{server.server_address[1]}", 2)
+    assert gate.measure(service, {"requests": 3, "tokens": 4}) == {"ttft_ms": 20.0, "token_ms": 9.0}
+    server.fault = "error"
+    with pytest.raises(gate.GateError, match=r"^/chat is answered with 500"):
+        gate.measure(service, {"requests": 3, "tokens": 4})
+
+
 def test_what_is_fast_anyhow_is_not_slower(prove: Any) -> None:
     prove(reference={"ttft_ms": 0.1, "token_ms": 0.01})
 

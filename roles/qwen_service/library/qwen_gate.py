@@ -41,7 +41,7 @@ options:
     type: float
     default: 1.0
   requests:
-    description: Streams in a window; its figures are their medians.
+    description: Streams in a window, of which there are several; its figures are their medians.
     type: int
     default: 12
   tokens:
@@ -81,7 +81,8 @@ lines:
 # below these, a difference is what else a machine does, and not a slower release
 LEAST = {"ttft_ms": 40.0, "token_ms": 5.0}
 NAMES = {"ttft_ms": "the first token", "token_ms": "a token"}
-# chance makes a window slower, never faster
+# a window or two may fall into what else a machine does: the figures of a release are the medians of so many, and a release is slower than
+# one before if it is so in every window of as many, and of all the time for which it is watched
 WINDOWS = 3
 QUESTION = "Write a function that returns the sum of two numbers."
 
@@ -211,8 +212,19 @@ def slower_than(measured: dict[str, float], reference: dict[str, Any], slower: f
 
 
 def fastest(windows: list[dict[str, float]]) -> dict[str, float]:
-    """Of some windows, the best of each figure."""
+    """Of some windows, the best of each figure: chance makes a window slower, never faster."""
     return {name: min(window[name] for window in windows) for name in windows[0]}
+
+
+def measure(service: Service, options: dict[str, Any]) -> dict[str, float]:
+    """What a service takes in its usual moments: of some windows, the median of each figure.
+
+    Raises:
+        GateError: it does not answer.
+    """
+    service.stream(0, options["tokens"])  # what the first request after a pause costs is not its pace
+    windows = [service.window(options["requests"], options["tokens"]) for _ in range(WINDOWS)]
+    return {name: statistics.median(window[name] for window in windows) for name in windows[0]}
 
 
 def life(unit: str) -> dict[str, str]:
@@ -256,11 +268,12 @@ def prove(service: Service, options: dict[str, Any]) -> tuple[dict[str, float], 
             raise GateError("the same question has two different greedy answers")
         windows: list[dict[str, float]] = []
         problems: list[str] = []
-        for _ in range(WINDOWS):
+        while True:
             windows.append(service.window(options["requests"], options["tokens"]))
             problems = slower_than(fastest(windows), options["reference"], options["slower"])
-            if not problems:
+            if not problems or (len(windows) >= WINDOWS and time.monotonic() - began >= options["watch_seconds"]):
                 break
+            check()
         measured = fastest(windows)
         if problems:
             raise GateError(f"{' and '.join(problems)}; at most {options['slower']:g} times is allowed")
@@ -302,8 +315,7 @@ def main() -> None:
     service = Service(options["url"], options["timeout"])
     if options["state"] == "measured":
         try:
-            service.stream(0, options["tokens"])  # what the first request after a pause costs is not its pace
-            module.exit_json(changed=False, measured=service.window(options["requests"], options["tokens"]), lines=[])
+            module.exit_json(changed=False, measured=measure(service, options), lines=[])
         except GateError as error:
             module.exit_json(changed=False, measured={}, lines=[str(error)])
     try:

@@ -14,6 +14,7 @@ from ..persona import Tokenizer
 from ..settings import Settings
 from ..sizing import GIB, ModelShape, SizingError
 from .base import BackendDead, Piece, Sampling
+from .fork import forked_core
 from .rope import yarn
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class VllmBackend:
         # imported here: an engine core that is spawned imports this process's main module again
         from vllm import envs
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
         from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -112,7 +115,9 @@ class VllmBackend:
             def log_engine_initialized(self) -> None: ...
 
         arguments = AsyncEngineArgs(**engine_arguments(self._settings, offload_gib(self._settings)))
-        self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[Progress])
+        config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        with forked_core(force=current_platform.is_cpu()):
+            self._engine = AsyncLLM.from_vllm_config(config, stat_loggers=[Progress])
         self.tokenizer = self._engine.get_tokenizer()
         self.max_model_len = int(self._engine.model_config.max_model_len)
         envs.enable_envs_cache()  # else the environment is read anew for every request

@@ -1,0 +1,68 @@
+"""What a forked engine core has of its parent: not its clients, not its port, not its signals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import pytest
+
+from qwen_coder_service.backends.fork import METHOD, forked_core
+
+
+def tell(pipe: Connection, held: int) -> None:
+    """What a child finds."""
+    try:
+        holds = stat.S_ISSOCK(os.fstat(held).st_mode)
+    except OSError:
+        holds = False
+    pipe.send((os.environ.get(METHOD), holds, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.set_wakeup_fd(-1)))
+
+
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
+
+
+def child(held: int) -> tuple[str | None, bool, bool, int]:
+    """What a fork of this process says of itself."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=tell, args=(theirs, held))
+    process.start()
+    assert ours.poll(10)
+    found: tuple[str | None, bool, bool, int] = ours.recv()
+    process.join()
+    return found
+
+
+@pytest.mark.parametrize("meant", ["spawn", None])
+def test_the_core_leaves_its_parent_alone(meant: str | None, listening: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(METHOD, meant) if meant else monkeypatch.delenv(METHOD, raising=False)
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    mine, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    try:
+        with forked_core(force=True):
+            assert os.environ[METHOD] == "fork"
+            assert child(listening.fileno()) == (meant, False, True, -1)
+        assert os.environ.get(METHOD) == meant
+        assert child(listening.fileno())[1:3] == (True, False)
+        with forked_core(force=False):
+            assert os.environ.get(METHOD) == meant
+            assert child(listening.fileno()) == (meant, False, True, -1)
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, before)
+        mine.close()
+        wake.close()
+    listening.getsockname()  # the parent still has it
