@@ -25,7 +25,7 @@ from rollouts import (
 
 def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(load_of, on, more, as_before):  # noqa: F811
     options = more({"qwen_service_max_num_seqs": 24, "qwen_service_rollout_canaries": ["node2"]})
-    with load_of(Kind(32, 24, pause_s=2), Kind(3, 600)) as clients:
+    with load_of(Kind(32, 24, pause_s=2), Kind(6, 400)) as clients:
         clients.wait_for(100)
         clients.mark("upgrade")
         output, changed = run_playbook("upgrade", *options)
