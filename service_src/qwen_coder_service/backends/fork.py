@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 """How vLLM starts its processes: ``fork``, its own default, or ``spawn``."""
@@ -18,20 +19,20 @@ _core: tuple[str | None] | None = None  # is the next fork the core, and the met
 def leave_parent_alone() -> None:
     """Give up what a fork got of its parent and must not have: clients, listening sockets, the loop's way to learn of signals.
 
-    A connection that the parent closes would stay open, a port would stay taken after it, and a signal to the fork would be handled by both.
+    A connection that the parent closes would stay open, a port would stay taken after it, and both would handle a signal to the fork.
     """
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)) and number != signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-    for name in os.listdir("/proc/self/fd"):
+    for name in signal.valid_signals():
+        if callable(signal.getsignal(name)) and name != signal.SIGINT:
+            signal.signal(name, signal.SIG_DFL)
+    for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
         with contextlib.suppress(OSError):  # the folder's own has gone
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
                 continue
-            with socket.socket(fileno=os.dup(int(name))) as found:
+            with socket.socket(fileno=os.dup(number)) as found:
                 internet = found.family in (socket.AF_INET, socket.AF_INET6)
             if internet:
-                os.close(int(name))
+                os.close(number)
 
 
 def _after_fork() -> None:
