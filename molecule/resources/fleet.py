@@ -46,12 +46,21 @@ def command(playbook, *options):
 PLAIN = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0", "PYTHONUNBUFFERED": "1"}
 
 
-def run_playbook(playbook, *options, fails=False):
-    """What it printed, and its recap's changes by host."""
-    result = subprocess.run(command(playbook, *options), env={**os.environ, **PLAIN}, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
-    rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)", result.stdout.split("PLAY RECAP")[1], re.MULTILINE)
-    return result.stdout, {host: int(changed) for host, changed in rows}
+def run_playbook(playbook, *options, fails=False, when=None):
+    """What it printed, and its recap's changes by host; ``when`` it prints a text, what is to be done: ``{"text": function}``."""
+    process = subprocess.Popen(
+        command(playbook, *options), env={**os.environ, **PLAIN}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        for text, then in (when or {}).items():
+            if text in line:
+                then()
+    output = "".join(printed)
+    assert (process.wait() != 0) == fails, output
+    rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)", output.split("PLAY RECAP")[1], re.MULTILINE)
+    return output, {host: int(changed) for host, changed in rows}
 
 
 def stop_playbook(playbook, *options, at, how=signal.SIGKILL, after=0.0, then=lambda: None):

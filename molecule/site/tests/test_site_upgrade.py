@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 from count_lost_requests import Kind
 from fleet import run_playbook
@@ -25,15 +27,27 @@ from rollouts import (
 
 def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(load_of, on, more, as_before):  # noqa: F811
     options = more({"qwen_service_max_num_seqs": 24, "qwen_service_rollout_canaries": ["node2"]})
-    with load_of(Kind(32, 24, pause_s=2), Kind(6, 400)) as clients:
+
+    def long_streams():
+        """Begun as a node's turn begins, and longer than its requests get to end."""
+        with load_of(Kind(6, 600)) as load:
+            time.sleep(1)
+        return load
+
+    with ThreadPoolExecutor() as pool, load_of(Kind(32, 16, pause_s=3)) as clients:
         clients.wait_for(100)
         clients.mark("upgrade")
-        output, changed = run_playbook("upgrade", *options)
+        loads = [clients]
+        begin = {"Turn | Remember that its turn has begun": lambda: loads.append(pool.submit(long_streams))}
+        output, changed = run_playbook("upgrade", *options, when=begin)
         clients.mark("upgrade ended")
         clients.wait_for(2000, timeout_s=600)
-    print(clients.report)
-    assert clients.report.lost == []
+        loads[1:] = [load.result() for load in loads[1:]]
+    for load in loads:
+        print(load.report)
+    assert [lost for load in loads for lost in load.report.lost] == []
     assert len(clients.outcomes) >= 2000
+    assert [len(load.outcomes) >= 6 for load in loads[1:]] == [True, True]
     # the release; out of rotation, the switch, the restart, into rotation
     assert {name: changed[name] for name in NODES} == {"node1": 5, "node2": 5}
     assert order(output) == ["node2", "node1"]
