@@ -34,6 +34,12 @@ jobs_at_a_time() {
     [ -n "$(ls "$failed")" ] || say "a job of these was killed, and no other was begun: $*" >"$failed/killed"
 }
 
+# a job in the background that yields to everything else; wait for it
+idle_job() {
+  say "$1: beside what follows, with the processor time that it leaves"
+  FAILED=$failed chrt --idle 0 scripts/job "$1" &
+}
+
 # why a job failed, in few lines, for a log of which only the end is seen: pytest's summary, ansible's errors, or else the last lines
 why() {
   local lines

@@ -197,7 +197,8 @@ def test_200_ms_more_are_named(validation: Validation, service: Running, proxy: 
 def test_a_buffered_stream_is_named(validation: Validation, service: Running, proxy: BreakingProxy) -> None:
     lines = broken(validation, service, proxy, "buffered", "streaming")
     assert set(lines) == {"streaming/not buffered"}
-    assert lines["streaming/not buffered"].startswith("the stream is buffered on its way: 96 events in ")
+    # 96 tokens; those that the engine made while the service was busy come in one event
+    assert re.match(r"the stream is buffered on its way: \d\d events in ", lines["streaming/not buffered"])
 
 
 @pytest.mark.engine
