@@ -114,6 +114,18 @@ RULES = "/etc/qwen-prometheus/rules/service.yml"
 SMALL, FULL = "/srv/small", "/srv/full"
 # what is done to the hosts, how it is mended, and what the receiver must be told: alert and labels. Steps of one round come together.
 BREAK_FIRST = {
+    # a target that somebody took out by hand, and then a mistake that Prometheus is told to read; an engine's end is told for
+    # 30 s, so that this comes before it
+    "mon1": f"""
+        cp -p {CONFIG} {CONFIG}.well
+        cp -p {RULES} {RULES}.well
+        sed -i 's/\\[15m\\]/[30s]/' {RULES}
+        sed -i '/job_name: qwen-host.gw1/,/labels:/d' {CONFIG}
+        systemctl reload prometheus
+        sleep 3
+        echo nonsense >> {CONFIG}
+        systemctl kill -s HUP prometheus""",
+    "gw1": "systemctl stop qwen-gateway",
     "node1": f"""
         cp {METRICS} {METRICS}.well
         sed -i -e 's/^\\(vllm:kv_cache_usage_perc{{.*}}\\) .*/\\1 0.97/' -e 's/^\\(vllm:num_requests_waiting{{.*}}\\) .*/\\1 7.0/' \
@@ -126,17 +138,6 @@ BREAK_FIRST = {
         mount -t overlay -o lowerdir={FULL},upperdir={SMALL}/up,workdir={SMALL}/work overlay {FULL}
         head -c 8M /dev/zero > {FULL}/filled || true
         systemd-run --quiet --unit=qwen-fails false || true""",
-    "gw1": "systemctl stop qwen-gateway",
-    # a target that somebody took out by hand, and then a mistake that Prometheus is told to read; an engine's end is told for 30 s
-    "mon1": f"""
-        cp -p {CONFIG} {CONFIG}.well
-        cp -p {RULES} {RULES}.well
-        sed -i 's/\\[15m\\]/[30s]/' {RULES}
-        sed -i '/job_name: qwen-host.gw1/,/labels:/d' {CONFIG}
-        systemctl reload prometheus
-        sleep 3
-        echo nonsense >> {CONFIG}
-        systemctl kill -s HUP prometheus""",
 }
 MEND_FIRST = {
     "node1": f"mv {METRICS}.well {METRICS}; rm {PKI}; mv {PKI}.well {PKI}; systemctl reset-failed qwen-fails; umount {FULL} {SMALL}",
