@@ -22,7 +22,8 @@ from rollouts import (
 
 
 def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(load_of, on, more, as_before):  # noqa: F811
-    options = more({"qwen_service_max_num_seqs": 24, "qwen_service_rollout_canaries": ["node2"]})
+    # a value that no test before this one has put together on a node
+    options = more({"qwen_service_max_num_seqs": 20, "qwen_service_rollout_canaries": ["node2"]})
 
     def long_streams():
         """Begun as a node's turn begins, and longer than its requests get to end."""
@@ -51,7 +52,7 @@ def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(lo
     assert "golden answers are right" in said(output)
     for name in NODES:
         assert current(on(name)) != as_before[name][0]
-        assert "max_num_seqs=24" in on(name).file(f"{CODER}/current/qwen-coder.env").content_string
+        assert "max_num_seqs=20" in on(name).file(f"{CODER}/current/qwen-coder.env").content_string
     check_all_is_well(on)
 
     output, changed = run_playbook("upgrade", *options)
