@@ -21,6 +21,7 @@ class BreakingProxy:
     def __init__(self, upstream: str) -> None:
         self.upstream, self.breaks, self.running = upstream, "nothing", 0
         self.tasks: set[asyncio.Task[None]] = set()
+        self.held: list[bytes] = []  # events of the last answer that it buffered
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(uvicorn.Config(self, host="127.0.0.1", port=self.port, lifespan="off", log_config=None))
@@ -89,7 +90,9 @@ class BreakingProxy:
 
     async def _pieces(self, answer: httpx.Response, loaded: bool) -> AsyncIterator[bytes]:
         if self.breaks == "buffered":
-            yield await answer.aread()
+            held = await answer.aread()
+            self.held = [line for line in held.splitlines() if line.startswith(b"data: ") and line != b"data: [DONE]"]
+            yield held
         elif self.breaks == "token" and loaded and answer.headers["content-type"] == "application/json":
             body = json.loads(await answer.aread())
             if len(body.get("token_ids", [])) > 7:

@@ -197,8 +197,9 @@ def test_200_ms_more_are_named(validation: Validation, service: Running, proxy: 
 def test_a_buffered_stream_is_named(validation: Validation, service: Running, proxy: BreakingProxy) -> None:
     lines = broken(validation, service, proxy, "buffered", "streaming")
     assert set(lines) == {"streaming/not buffered"}
-    # 96 tokens; those that the engine made while the service was busy come in one event
-    assert re.match(r"the stream is buffered on its way: \d\d events in ", lines["streaming/not buffered"])
+    # as many as there were: tokens that the engine made while the service was busy come in one
+    assert lines["streaming/not buffered"].startswith(f"the stream is buffered on its way: {len(proxy.held)} events in ")
+    assert len(proxy.held) > 48
 
 
 @pytest.mark.engine
