@@ -49,7 +49,7 @@ check: .venv/.complete service_src/.venv/.complete  ## lint, types and unit test
 	@scripts/run-checks
 
 .PHONY: test
-test: .venv/.complete service_src/.venv/.complete  ## check, the engine's tests, molecule scenarios; or SCENARIO=..., for those that take half an hour, too: upgrade, transformers_standby
+test: .venv/.complete service_src/.venv/.complete  ## check, the engine's tests, molecule scenarios; or SCENARIO=..., for those that take half an hour, too: upgrade, transformers_standby, engine_group
 	@scripts/run-tests $(SCENARIO)
 
 .PHONY: wheelhouse

@@ -117,7 +117,12 @@ def declared(inventory) -> Callable[[str | None, str], set[int]]:
         k: v for role in ("qwen", "firewall") for k, v in yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()).items()
     }
     words = {"management": "firewall_management_networks", "clients": "firewall_client_networks", "engine": "qwen_engine_peers"}
-    groups = {"gateway": "qwen_gateway_group", "node": "qwen_node_group", "monitoring": "qwen_monitoring_group"}
+    groups = {
+        "gateway": "qwen_gateway_group",
+        "node": "qwen_node_group",
+        "worker": "qwen_worker_group",
+        "monitoring": "qwen_monitoring_group",
+    }
 
     def literal(default: Any) -> str:
         if isinstance(default, list):

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import benchmark_qwen
 import benchmark_report
 import pytest
 
@@ -28,7 +29,10 @@ TARGETS = {
     "vLLM direct": {"path": "direct", "node": "node1", "backend": "vllm", "variant": "full"},
     "vLLM gateway": {"path": "gateway", "node": "node1", "backend": "vllm", "variant": "full"},
     "transformers direct": {"path": "direct", "node": "node1", "backend": "transformers", "variant": "full"},
+    "paced direct": {"path": "direct", "node": "node1", "backend": "paced", "variant": "full"},
+    "paced gateway": {"path": "gateway", "node": "node1", "backend": "paced", "variant": "full"},
 }
+ENGINES = ("vLLM direct", "vLLM gateway", "transformers direct")
 
 
 def figures(tokens_per_s: float, ms: float, failed: int = 0) -> dict[str, Any]:
@@ -39,14 +43,17 @@ def figures(tokens_per_s: float, ms: float, failed: int = 0) -> dict[str, Any]:
 
 def result(label: str = "a", speed: float = 1.0) -> dict[str, Any]:
     """A run: transformers makes 100 tokens/s, vLLM 300, and 2 % fewer through the gateway."""
-    rate = {"vLLM direct": 300, "vLLM gateway": 294, "transformers direct": 100}
+    rate = {"vLLM direct": 300, "vLLM gateway": 294, "transformers direct": 100, "paced direct": 50, "paced gateway": 50}
     runs = [
         {"target": name, "part": part, "input": 64, "output": 32, "concurrency": c, "requests": 9, "round": r,
-         "result": figures(rate[name] * speed * (1 + 0.5 * r), 10 + 2 * (name == "vLLM gateway"))}
-        for part, names, cs in (("matrix", TARGETS, (1, 8)), ("chain", ("vLLM direct", "vLLM gateway"), (1, 32, 256, 1000)))
+         "result": figures(rate[name] * speed * (1 + 0.5 * r), 10 + 2 * (name == "vLLM gateway") + 3 * (name == "paced gateway"))}
+        for part, names, cs in (
+            ("matrix", ENGINES, (1, 8)), ("chain", ENGINES[:2], (1, 32, 256, 1000)), ("paced", ("paced direct", "paced gateway"), (32, 256))
+        )
         for name in names for c in cs for r in range(3)
     ]  # fmt: skip
     load = {"rounds": 3, "output": 32, "input": 64}
+    points = [{"concurrency": 32, "token_ms": 30, "at_random": False}, {"concurrency": 256, "token_ms": 250, "at_random": True}]
     machine = {"processor": "x", "cores": 2, "memory_gib": 23, "gpus": []}
     return {
         "label": label,
@@ -55,7 +62,12 @@ def result(label: str = "a", speed: float = 1.0) -> dict[str, Any]:
         "machine": {"client": dict(machine), "nodes": {"node1": dict(machine)}},
         "settings": {"node1": {"max_num_seqs": 32}},
         "versions": {"vllm": "1"},
-        "load": {"matrix": dict(load), "chain": dict(load), "goodput": {"ttft": 600}},
+        "load": {
+            "matrix": dict(load),
+            "chain": dict(load),
+            "paced": {**load, "first_ms": 200, "points": points},
+            "goodput": {"ttft": 600},
+        },
         "targets": TARGETS,
         "runs": runs,
     }
@@ -71,6 +83,9 @@ def test_ratios_are_of_rounds(tmp_path: Path) -> None:
     assert "- vLLM / transformers: 3.00 to 3.00 times the tokens/s, by load." in text
     assert "at 32: 2.0% of the throughput lost; at most 3% wanted: **met**" in text
     assert "at 256: p99 of the first token +2 ms, between tokens +2.0 ms; at most +5 ms wanted: **met**" in text
+    assert "at 32, by the clock: 0.0% of the throughput lost; at most 3% wanted: **met**" in text
+    assert "at 256, by the clock: p99 of the first token +3 ms, between tokens +3.0 ms; at most +5 ms wanted: **met**" in text
+    assert "at 32 at a time another every 30 ms, at 256 at a time another every 250 ms (requests begin at random moments" in text
     assert "1000 streams at a time: 0 failed through the gateway, 0 direct; none wanted: **met**" in text
 
 
@@ -142,7 +157,7 @@ def test_the_projects_document_is_what_its_results_give() -> None:
 
 
 SAID = {"variant": "full", "model": "m", "port": 8080}
-WAYS = {"transformers": "beside", "port": 18080, "gateway": "https://gw/api/qwen", "ca": "ca", "key_file": "key"}
+WAYS = {"transformers": "beside", "port": 18080, "gateway": "https://gw/api/qwen", "ca": "ca", "key_file": "key", "paced": False}
 
 
 def test_a_node_without_another_way_is_reached_over_ssh() -> None:
@@ -169,7 +184,45 @@ def test_other_weights_have_a_target_of_their_own_and_the_chain_two_ways_to_one_
     assert [(t["name"], t.get("prefix")) for t in targets if t["path"] == "direct" and t["backend"] == "vllm"] == [
         ("vLLM direct", ["within", "n"]), ("vLLM awq-4bit direct", ["within", "q"]),
     ]  # fmt: skip
-    load = benchmark.benchmark_load(targets, ["vllm", "transformers"], {"rounds": 1}, {"rounds": 2})
+    load = benchmark.benchmark_load(targets, ["vllm", "transformers"], {"rounds": 1}, {"rounds": 2}, {})
     assert load["chain"]["targets"] == ["vLLM direct", "vLLM gateway"]
-    alone = benchmark.benchmark_load(benchmark.benchmark_targets(nodes, {**WAYS, "gateway": ""}), ["vllm"], {}, {})
+    alone = benchmark.benchmark_load(benchmark.benchmark_targets(nodes, {**WAYS, "gateway": ""}), ["vllm"], {}, {}, {})
     assert (alone["matrix"]["targets"], alone["chain"]["targets"]) == (["vLLM direct", "vLLM awq-4bit direct"], [])
+
+
+MATRIX = {"input": [64], "output": 32, "concurrency": [1, 8], "rounds": 3, "each": 2, "least": 12}
+CHAIN = {"input": 32, "rounds": 3, "points": [{"concurrency": 1000, "output": 32, "requests": 1000, "rounds": 1}]}
+PACED = {
+    "input": 32, "rounds": 2, "first_ms": 200,
+    "points": [
+        {"concurrency": 32, "output": 128, "token_ms": 30, "requests": 64, "at_random": False},
+        {"concurrency": 256, "output": 32, "token_ms": 250, "requests": 512, "at_random": True},
+    ],
+}  # fmt: skip
+
+
+def test_what_is_measured_by_the_clock_is_a_part_of_its_own() -> None:
+    """Both ways, in the service's place; requests come as often as keep so many there."""
+    benchmark = filters("benchmark")
+    node = {"inventory_hostname": "n", "benchmark_direct_command": "within n", "qwen_service_described": SAID}
+    targets = benchmark.benchmark_targets([node], {**WAYS, "paced": True})
+    assert [(t["name"], t["url"]) for t in targets if t["backend"] == "paced"] == [
+        ("paced direct", "http://127.0.0.1:8080"), ("paced gateway", "https://gw/api/qwen"),
+    ]  # fmt: skip
+    seen = {}
+    for backends in (["vllm", "transformers"], ["paced"]):
+        load = benchmark.benchmark_load(targets, backends, MATRIX, CHAIN, PACED)
+        assert {target["backend"] for target in load["targets"]} == {*backends}
+        seen[backends[0]] = [(vars(point), rounds, names) for point, rounds, names in benchmark_qwen.points(load)]
+    assert [(point["part"], point["concurrency"], point["requests"], rounds) for point, rounds, _ in seen["vllm"]] == [
+        ("matrix", 1, 12, 3), ("matrix", 8, 16, 3), ("chain", 1000, 1000, 1),
+    ]  # fmt: skip
+    assert {tuple(names) for _, _, names in seen["paced"]} == {("paced direct", "paced gateway")}
+    assert [(point["part"], point["rate"], point["token_ms"], rounds) for point, rounds, _ in seen["paced"]] == [
+        ("paced", None, 30, 2), ("paced", 32.2, 250, 2),
+    ]  # fmt: skip
+    point = benchmark_qwen.Point(**seen["paced"][1][0])
+    words = benchmark_qwen.arguments(benchmark_qwen.Target(**targets[0]), point, {"tokenizer": "t", "goodput": {}}, 0)
+    assert words[words.index("--request-rate") + 1] == "32.2"
+    assert json.loads(words[words.index("--extra-body") + 1]) == {"seed": 250}
+    assert "--max-concurrency" not in words

@@ -22,7 +22,7 @@ def test_install_runs_the_site_for_one_host() -> None:
     result = run("-i", "inventories/example", "node3", "--list-hosts")
     assert result.returncode == 0, result.stderr
     plays = re.findall(r"play #\d+ \((.+?)\): (.+?)\tTAGS", result.stdout)
-    assert "The service and its terminator on every node" in [name for _, name in plays]
+    assert "The service on every node, and on the hosts that compute for one" in [name for _, name in plays]
     assert set(re.findall(r"^      (\S+)$", result.stdout, re.MULTILINE)) == {"localhost", "node3"}
 
 

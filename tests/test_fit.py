@@ -23,6 +23,7 @@ WORDS = {
     "tiers": data("roles/qwen/vars/main/tiers.yml", "__qwen_gpu_tiers"),
     "models": data("roles/qwen/vars/main/models.yml", "__qwen_models"),
     "profiles": data("roles/qwen/vars/main/profiles.yml", "__qwen_runtime_profiles"),
+    "span": 1,
 }
 A100, H100, L40S, A6000, RTX4090 = 81920, 81559, 46068, 49140, 24564
 GIB, GB = 1 << 30, 10**9
@@ -34,7 +35,9 @@ ROOMY: dict[str, Any] = {
 }
 
 
-def fit(tier: str, devices: list[int], capacity: dict[str, Any] | None = None, seen: dict[str, Any] | None = None, **changed: Any) -> Any:
+def fit(
+    tier: str, devices: list[int], capacity: dict[str, Any] | None = None, seen: dict[str, Any] | None = None, span: int = 1, **changed: Any
+) -> Any:
     """The verdict on node1 of a tier, with devices of so many MiB each, and what is said otherwise for it."""
     values = {f"qwen_service_{key}": value for key, value in WORDS["tiers"][tier].items()}
     values |= {
@@ -49,7 +52,7 @@ def fit(tier: str, devices: list[int], capacity: dict[str, Any] | None = None, s
     cuda = {"gpus": found, "lost": [], "on_bus": len(devices)} if devices else None
     used = list(range(len(devices)))[: WORDS["tiers"][tier]["tensor_parallel_size"]]
     seen = {"capacity": capacity or ROOMY, "cuda": cuda, "gpus": used, **(seen or {})}
-    return FIT.qwen_service_fit(values, "node1", seen, {**WORDS, "tier": tier})
+    return FIT.qwen_service_fit(values, "node1", seen, {**WORDS, "tier": tier, "span": span})
 
 
 @pytest.mark.parametrize(
@@ -300,4 +303,49 @@ def test_origins_name_tier_extra_and_inventory() -> None:
         ("qwen_service_max_num_seqs", "inventory"),
         ("qwen_service_max_model_len", "qwen_gpu_tiers_extra (single)"),
         ("qwen_service_swap_space", "tier single"),
+    ]
+
+
+def test_gpus_of_all_hosts_of_an_engine_count() -> None:
+    """What two GPUs of 80 GB hold, two hosts with one each hold; one of them alone does not."""
+    alone = fit("dual-80gb", [A100])
+    assert alone["problems"][0].startswith("node1: qwen_service_tensor_parallel_size is '2'")
+    spanned = fit("dual-80gb", [A100], seen={"gpus": [0]}, span=2)
+    assert spanned["problems"] == []
+    assert spanned["figures"] == fit("dual-80gb", [A100, A100])["figures"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "changed", "sentence"),
+    [
+        (
+            [A100],
+            {"tensor_parallel_size": 1},
+            "node1: qwen_service_tensor_parallel_size is '1', which 2 hosts (qwen_engine_hosts) cannot share evenly; set it to a "
+            "multiple of 2.",
+        ),
+        (
+            [A100, A100],
+            {"gpus": [0, 1]},
+            "node1: qwen_service_gpus is '0, 1'; set it to 1 of the host's GPUs (0, 1; qwen_service_tensor_parallel_size is 2 over "
+            "2 hosts), "
+            "or to [] to have them chosen.",
+        ),
+    ],
+)
+def test_each_host_of_an_engine_has_its_share(devices: list[int], changed: dict[str, Any], sentence: str) -> None:
+    assert fit("dual-80gb", devices, span=2, **changed)["problems"] == [sentence]
+
+
+def test_hosts_of_an_engine_that_would_start_it_differently_are_named() -> None:
+    def audit(length: int) -> dict[str, Any]:
+        return {"settings": [{"name": "qwen_service_max_model_len", "value": length, "from": "x"}]}
+
+    hostvars = {name: {"qwen_engine_hosts": ["node1", "worker1"]} for name in ("node1", "worker1")} | {"node2": {}}
+    even = {"node1": audit(4096), "worker1": audit(4096), "node2": audit(1)}
+    assert FIT.qwen_service_uneven(even, hostvars) == []
+    assert FIT.qwen_service_uneven(even | {"worker1": audit(2048)}, hostvars) == [
+        "worker1: qwen_service_max_model_len is '2048', and '4096' on node1, the head of its engine; set it to the same, best "
+        "in a group that "
+        "they share."
     ]

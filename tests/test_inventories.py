@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from plugins import load
 
 from playbooks import ROOT, ansible_playbook
 
@@ -77,6 +78,19 @@ def no_vault(inventory: dict[str, Any]) -> None:
     inventory["all"]["vars"]["gateway_clients"] = "{{ vault_gateway_clients }}"
 
 
+def spanned(hosts: Any, **of_worker: Any) -> Any:
+    """A worker beside the nodes, and what node1 and it say of their engine."""
+
+    def spoil(inventory: dict[str, Any]) -> None:
+        children = inventory["all"]["children"]
+        children["qwen_workers"] = {"hosts": {"worker1": {"ansible_host": "192.0.2.24"}}}
+        for host in (children["qwen_nodes"]["hosts"]["node1"], children["qwen_workers"]["hosts"]["worker1"]):
+            host |= {"qwen_engine_hosts": hosts} if hosts is not None else {}
+        children["qwen_workers"]["hosts"]["worker1"] |= of_worker
+
+    return spoil
+
+
 CASES = {
     no_gateway: "The inventory has no gateway: group 'gateways' is empty; put at least one host into 'gateways', "
     "or set qwen_gateway_group to the group that holds them.",
@@ -94,6 +108,79 @@ CASES = {
     no_vault: "gw1: gateway_clients is not set ('vault_gateway_clients' is undefined); "
     "set it to the list of kin clients, each {name: ..., key_sha256: ...}.",
 }
+
+
+PROBLEMS: Any = load("roles/qwen/filter_plugins/qwen_inventory.py")
+SPANNED = [
+    (spanned(["node1", "worker1"]), []),
+    (
+        spanned(None),
+        [
+            "worker1: qwen_engine_hosts is not set, and 'qwen_workers' are hosts that compute for a node; set it to the names of "
+            "the engine's "
+            "hosts, the node first, on each of them, for example [node1, worker1]."
+        ],
+    ),
+    (
+        spanned("node1"),
+        [f"{name}: qwen_engine_hosts is 'node1'; set it to a list of names, the node first." for name in ("node1", "worker1")],
+    ),
+    (
+        spanned(["node1"]),
+        ["worker1: qwen_engine_hosts is [node1]; set it to each of the engine's hosts once, worker1 among them."],
+    ),
+    (
+        spanned(["worker1", "node1"]),
+        [
+            f"{name}: qwen_engine_hosts is [worker1, node1], and worker1 is in no group 'qwen_nodes'; put that host first which answers."
+            for name in ("node1", "worker1")
+        ],
+    ),
+    (
+        spanned(["node1", "node2", "worker1"]),
+        [
+            f"{name}: qwen_engine_hosts is [node1, node2, worker1], and node2 is not in group 'qwen_workers' alone; put it there, "
+            "or take it out."
+            for name in ("node1", "worker1")
+        ],
+    ),
+    (
+        spanned(["node1", "worker1"], qwen_engine_hosts=["node2", "worker1"]),
+        [
+            "node1: qwen_engine_hosts is [node1, worker1], and another on worker1; set it to the same on all of them, best in a "
+            "group that they "
+            "share.",
+            "worker1: qwen_engine_hosts is [node2, worker1], and another on node2; set it to the same on all of them, best in a "
+            "group that they "
+            "share.",
+        ],
+    ),
+    (
+        spanned(["node1", "worker1"], qwen_engine_address="worker1.example.org"),
+        [
+            "worker1: qwen_engine_address is 'worker1.example.org', which is no IP address; set it to the one at which the "
+            "engine's hosts find it."
+        ],
+    ),
+    (
+        spanned(["node1", "worker1"], qwen_gpu_tier="single-80gb"),
+        ["worker1: qwen_gpu_tier is 'single-80gb', and 'cpu-lab' on node1, the head of its engine; set it to the same."],
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "sentences"), SPANNED)
+def test_what_is_said_of_an_engine_over_several_hosts(spoil: Any, sentences: list[str]) -> None:
+    inventory = copy.deepcopy(GOOD)
+    spoil(inventory)
+    children = inventory["all"]["children"]
+    hostvars = {name: {**inventory["all"]["vars"], **own} for group in children.values() for name, own in group["hosts"].items()}
+    words = {
+        "qwen_gateway_group": "gateways", "qwen_node_group": "qwen_nodes", "qwen_worker_group": "qwen_workers",
+        "qwen_monitoring_group": "monitoring", "qwen_gpu_tier": "dual-80gb",
+        "tiers": ["cpu-lab", "single-80gb"], "ports": {}, "required": {},
+    }  # fmt: skip
+    assert PROBLEMS.qwen_inventory_problems(hostvars, {name: list(group["hosts"]) for name, group in children.items()}, words) == sentences
 
 
 @pytest.mark.parametrize("spoil", CASES, ids=lambda case: case.__name__)

@@ -37,6 +37,15 @@ def wait_until_both_serve(on):
     raise AssertionError(f"nodes did not come back: {states(on)}")
 
 
+def nothing_lost(on, report):
+    """No request was; else what clients saw, and what hosts' logs say of such a request and of the nodes' health."""
+    ids = [f"-e {outcome.request_id}" for outcome in report.lost[:20] if outcome.request_id]
+    for name in ("gw1", "node1", "node2") if report.lost else ():
+        lines = on(name).run(f"journalctl -b --no-pager -o short-precise | grep -F -e 'Server nodes/' {' '.join(ids)}").stdout
+        print(name, *lines.splitlines()[-60:], sep="\n")
+    assert report.lost == [], str(report)
+
+
 def command(playbook, *options):
     """A playbook on the scenario's inventory, as an operator would run it."""
     inventory = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent

@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        """Ready unless told otherwise by a file; metrics of an engine where somebody left some."""
+        """Ready unless told otherwise by a file, at once unless told so; metrics of an engine where somebody left some."""
         metrics = Path("/usr/local/lib/upstream.prom")
         if self.path == "/metrics" and metrics.exists():
             data = metrics.read_bytes()
@@ -34,6 +34,9 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
             return
+        slow = Path("/run/upstream-slow")
+        if self.path == "/ready" and slow.exists():
+            time.sleep(float(slow.read_text()))
         ready = not Path("/run/upstream-unready").exists()
         self.answer({"path": self.path, "host": socket.gethostname()}, 200 if ready or self.path != "/ready" else 503)
 

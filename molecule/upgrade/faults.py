@@ -14,19 +14,33 @@ crash = threading.Timer(SECONDS, os._exit, (1,))
 crash.daemon = True
 
 
+def slowly(generate):
+    """A backend's answer, each of whose tokens takes longer, however many come at once."""
+
+    async def slow(*args, **kwargs):
+        pieces = generate(*args, **kwargs)
+        try:
+            async for piece in pieces:
+                await asyncio.sleep(SECONDS * len(piece.token_ids))
+                yield piece
+        finally:
+            await pieces.aclose()
+
+    return slow
+
+
+if FAULT == "slow":
+    from .backends.transformers import TransformersBackend
+
+    TransformersBackend.generate = slowly(TransformersBackend.generate)
+
+
 def wrap(app):
     """The service with the fault."""
 
     async def faulty(scope, receive, send):
-        chat = scope["type"] == "http" and scope["path"] == "/chat"
-        if chat and FAULT == "crash" and not crash.is_alive():
+        if scope["type"] == "http" and scope["path"] == "/chat" and not crash.is_alive():
             crash.start()
+        await app(scope, receive, send)
 
-        async def late(message):
-            if chat and FAULT == "slow" and message["type"] == "http.response.body":
-                await asyncio.sleep(SECONDS)
-            await send(message)
-
-        await app(scope, receive, late)
-
-    return faulty if FAULT in ("slow", "crash") else app
+    return faulty if FAULT == "crash" else app

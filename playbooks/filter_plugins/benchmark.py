@@ -19,7 +19,8 @@ def benchmark_targets(nodes: Sequence[Mapping[str, Any]], ways: Mapping[str, Any
 
     Args:
         nodes: variables of the nodes (``hostvars[...]``), with the fact ``qwen_service_described``; the first gets all ways.
-        ways: transformers (beside, unit or no), port (of the one beside), gateway (its URL, or none), ca, key_file.
+        ways: transformers (beside, unit or no), port (of the one beside), gateway (its URL, or none), ca, key_file, paced (whether what is
+            measured by the clock takes the service's place for a while).
     """
     found: Targets = []
     for index, node in enumerate(nodes):
@@ -35,21 +36,28 @@ def benchmark_targets(nodes: Sequence[Mapping[str, Any]], ways: Mapping[str, Any
         if ways["gateway"]:
             way = {"path": "gateway", "url": ways["gateway"], "ca": ways["ca"], "key_file": ways["key_file"]}
             found.append({**common, "backend": "vllm", "name": f"{name} gateway", **way})
+            if ways["paced"]:
+                found.append({**here, "backend": "paced", "name": "paced direct"})
+                found.append({**common, "backend": "paced", "name": "paced gateway", **way})
         if ways["transformers"] != "no":
             port = ways["port"] if ways["transformers"] == "beside" else said["port"]
             found.append({**here, "name": "transformers direct", "backend": "transformers", "url": f"http://127.0.0.1:{port}"})
     return found
 
 
-def benchmark_load(targets: Targets, backends: Sequence[str], matrix: Mapping[str, Any], chain: Mapping[str, Any]) -> dict[str, Any]:
+def benchmark_load(
+    targets: Targets, backends: Sequence[str], matrix: Mapping[str, Any], chain: Mapping[str, Any], paced: Mapping[str, Any]
+) -> dict[str, Any]:
     """The part of a plan that names targets: those of some backends. The chain is measured where both ways to one node are."""
     mine = [target for target in targets if target["backend"] in backends]
     gateway = [target for target in mine if target["path"] == "gateway"]
     ways = [t["name"] for t in mine if gateway and t["node"] == gateway[0]["node"] and t["backend"] == gateway[0]["backend"]]
+    by_clock = backends == ["paced"]
     return {
         "targets": mine,
-        "matrix": {**matrix, "targets": [target["name"] for target in mine]},
-        "chain": {**chain, "targets": ways},
+        "matrix": {**matrix, "targets": [] if by_clock else [target["name"] for target in mine]},
+        "chain": {**chain, "targets": [] if by_clock else ways},
+        "paced": {**paced, "targets": ways if by_clock else []} if paced else {},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from gunicorn.errors import HaltServer
 
 from .lifecycle import EX_SOFTWARE, exit_status
-from .settings import EX_CONFIG, SettingsError, load
+from .settings import EX_CONFIG, SettingsError, load, place
 
 # gunicorn reports readiness when its arbiter runs; the service does it itself, after the first token
 if "NOTIFY_SOCKET" in os.environ:
@@ -20,6 +20,14 @@ try:
 except SettingsError as error:
     print(error, file=sys.stderr)
     sys.exit(EX_CONFIG)
+
+try:
+    if place(_settings)[0] > 0:
+        # of an engine over several hosts, its head serves; the unit is the same on all
+        os.execv(sys.executable, [sys.executable, "-m", "qwen_coder_service.worker"])
+except SettingsError as error:  # an address may come later
+    print(error, file=sys.stderr)
+    sys.exit(EX_SOFTWARE)
 
 # loading a model takes minutes, and a stalled engine is systemd's to find, not gunicorn's
 timeout = 0

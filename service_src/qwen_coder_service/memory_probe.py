@@ -101,7 +101,7 @@ def foretell(settings: Settings, shape: ModelShape, gpus: list[Gpu], min_headroo
     return fit(
         shape,
         device_memory_bytes=cuda_memory_bytes(min(gpu.total_mib for gpu in gpus)),
-        devices=len(gpus),
+        devices=len(gpus) * settings.hosts,  # which are alike
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cpu_offload_gb=settings.cpu_offload_gb,
         cpu_offload_always=settings.cpu_offload == "always",

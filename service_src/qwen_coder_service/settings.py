@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, IPvAnyAddress, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .sizing import BLOCK_SIZES, ModelShape, SizingError
 
@@ -78,6 +78,10 @@ class Settings(BaseSettings):
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "the URL of an OTLP receiver, for example http://127.0.0.1:4317", None
     )
     log_prompts: bool = _setting("QWEN_LOG_PROMPTS", "true or false", False)
+    engine_hosts: Annotated[tuple[IPvAnyAddress, ...], NoDecode] = _setting(
+        "QWEN_ENGINE_HOSTS", "the addresses of the engine's hosts, the one that answers first, for example 10.0.0.1,10.0.0.2", ()
+    )
+    engine_port: int = _setting("QWEN_ENGINE_PORT", "the port at which an engine's hosts meet, 1024 to 65535", 29501, ge=1024, le=65535)
 
     tensor_parallel_size: int = _setting("VLLM_TENSOR_PARALLEL_SIZE", "a number of GPUs, 1 or more", 1, ge=1)
     max_model_len: int | None = _setting("VLLM_MAX_MODEL_LEN", "a number of tokens, at least 16", None, ge=16)
@@ -115,6 +119,29 @@ class Settings(BaseSettings):
         except SizingError:
             return None
 
+    @field_validator("engine_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @property
+    def hosts(self) -> int:
+        """How many hosts the engine spans."""
+        return max(1, len(self.engine_hosts))
+
+    def _spanned(self) -> None:
+        """Check what is said of the engine's hosts."""
+        said = ",".join(map(str, self.engine_hosts))
+        if self.hosts != len(set(self.engine_hosts) or {None}):
+            raise ValueError(f"QWEN_ENGINE_HOSTS is '{said}', with a host twice; set it to one address of each.")
+        if self.hosts > 1 and self.backend != "vllm":
+            raise ValueError(f"QWEN_BACKEND is '{self.backend}', which answers from one host; set it to vllm, or remove QWEN_ENGINE_HOSTS.")
+        if self.tensor_parallel_size % self.hosts:
+            raise ValueError(
+                f"VLLM_TENSOR_PARALLEL_SIZE is '{self.tensor_parallel_size}', which {self.hosts} hosts (QWEN_ENGINE_HOSTS) cannot share "
+                f"evenly; set it to a multiple of {self.hosts}."
+            )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not (self.model_path / "config.json").is_file():
@@ -136,6 +163,7 @@ class Settings(BaseSettings):
                 f"max_batch_tokens is '{self.max_batch_tokens}', fewer than the {self.max_num_seqs} requests of a step (max_num_seqs), "
                 f"each of which needs one; set it to at least {self.max_num_seqs}."
             )
+        self._spanned()
         if self.tensor_parallel_size > 1:
             if (shape := self._shape()) is not None:
                 fitting = shape.tensor_parallel_sizes()
@@ -214,12 +242,39 @@ def _engine_variables() -> set[str]:
     return set(re.findall(r'"(VLLM_[A-Z0-9_]+)"', source.read_text(encoding="utf-8")))
 
 
+def place(settings: Settings) -> tuple[int, str]:
+    """Which of the engine's hosts this one is, and the network interface at which the others find it.
+
+    Returns:
+        The rank, 0 for the head, and the interface's name; of an engine on one host, 0 and ``lo``.
+
+    Raises:
+        SettingsError: this host has none of the addresses.
+    """
+    if settings.hosts == 1:
+        return 0, "lo"
+    import psutil  # comes with vLLM, which alone spans hosts
+
+    # an alias has a label behind a colon, an address of IPv6 a scope behind a percent sign
+    names = {found.address.partition("%")[0]: name.partition(":")[0] for name, all_of in psutil.net_if_addrs().items() for found in all_of}
+    said = [str(host) for host in settings.engine_hosts]
+    for rank, address in enumerate(said):
+        if address in names:
+            return rank, names[address]
+    raise SettingsError(f"QWEN_ENGINE_HOSTS is '{','.join(said)}', and this host has none of them; set it to one address of each host.")
+
+
 def claim(settings: Settings, environment: MutableMapping[str, str]) -> None:
     """Make the process's environment the engine's: our names go, its own are set.
 
     Everything that libraries write by themselves is put below the cache directory, the only place that the unit lets the service
     write to. Hubs are never asked: a start does not depend on somebody else's server.
+
+    Raises:
+        SettingsError: as ``place``.
     """
+    rank, interface = place(settings)
+    address = str(settings.engine_hosts[rank]) if settings.hosts > 1 else "127.0.0.1"
     # OTEL_* are names that OpenTelemetry's own library reads
     ours = {name.upper() for name in NAMES if not name.startswith("OTEL_")}
     for name in [name for name in environment if name.upper() in ours]:
@@ -229,11 +284,11 @@ def claim(settings: Settings, environment: MutableMapping[str, str]) -> None:
         {
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
             "VLLM_NO_USAGE_STATS": "1",
-            # what the engine's processes say to each other stays on this host
-            "VLLM_HOST_IP": "127.0.0.1",
+            # what the engine's processes say to each other stays on this host, or among its hosts
+            "VLLM_HOST_IP": address,
             "VLLM_LOOPBACK_IP": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": interface,
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(cache / "huggingface"),
@@ -268,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--env-file", type=Path, help="read this file instead of the environment")
     options = parser.parse_args(arguments)
     try:
-        load(read_env_file(options.env_file) if options.env_file else os.environ)
+        place(load(read_env_file(options.env_file) if options.env_file else os.environ))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return EX_CONFIG

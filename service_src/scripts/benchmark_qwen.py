@@ -55,13 +55,19 @@ class Target:
 
 @dataclass
 class Point:
-    """One kind of load: tokens of a prompt and of an answer, requests at a time, and how many there are in all."""
+    """One kind of load: tokens of a prompt and of an answer, requests at a time, and how many there are in all.
+
+    With a ``rate``, so many requests a second begin, at random moments and however many are there: the number at a time is then what the
+    rate and the length of an answer make it. ``token_ms`` is for an engine by the clock: the time between two tokens.
+    """
 
     part: str
     input: int
     output: int
     concurrency: int
     requests: int
+    rate: float | None = None
+    token_ms: int | None = None
 
 
 # --- the load generator's process ---
@@ -183,27 +189,37 @@ def arguments(target: Target, point: Point, plan: dict[str, Any], seed: int) -> 
     """A run, in the words of ``vllm bench serve``."""
     given = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", target.url, "--model", target.model]
     given += ["--tokenizer", plan["tokenizer"], "--dataset-name", "random", "--random-input-len", str(point.input)]
-    given += ["--random-output-len", str(point.output), "--num-prompts", str(point.requests), "--max-concurrency", str(point.concurrency)]
-    given += ["--num-warmups", str(min(point.concurrency, 4)), "--ignore-eos", "--temperature", "0", "--seed", str(seed), "--disable-tqdm"]
+    given += ["--random-output-len", str(point.output), "--num-prompts", str(point.requests)]
+    given += ["--request-rate", f"{point.rate:g}"] if point.rate else ["--max-concurrency", str(point.concurrency)]
+    # by the clock, each client has its connection before it is measured, as a client has that does not ask for the first time
+    warm = point.concurrency if point.token_ms else min(point.concurrency, 4)
+    given += ["--num-warmups", str(warm), "--seed", str(seed), "--disable-tqdm"]
+    given += ["--ignore-eos", "--temperature", "0"]
     given += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,95,99"]
+    if point.token_ms:
+        given += ["--extra-body", json.dumps({"seed": point.token_ms})]
     given += ["--goodput", *(f"{metric}:{limit}" for metric, limit in plan["goodput"].items())]
     return given
 
 
 def points(plan: dict[str, Any]) -> list[tuple[Point, int, list[str]]]:
     """What is measured: a point, how often, and with which targets (by their part)."""
-    matrix, chain = plan["matrix"], plan["chain"]
+    matrix, chain, paced = plan["matrix"], plan["chain"], plan["paced"]
     found = [
         (Point("matrix", n, matrix["output"], c, max(matrix["least"], c * matrix["each"])), matrix["rounds"], matrix["targets"])
         for n in matrix["input"]
         for c in matrix["concurrency"]
     ]
     found += [
-        (Point("chain", chain["input"], chain["output"], c, max(chain["least"], c * chain["each"])), chain["rounds"], chain["targets"])
-        for c in chain["concurrency"]
-        if chain["targets"]
+        (Point("chain", chain["input"], p["output"], p["concurrency"], p["requests"]), p.get("rounds", chain["rounds"]), chain["targets"])
+        for p in chain["points"]
     ]
-    return found
+    for p in paced.get("points", []):
+        answer_s = (paced["first_ms"] + p["token_ms"] * (p["output"] - 1)) / 1000
+        rate = round(p["concurrency"] / answer_s, 2) if p["at_random"] else None
+        point = Point("paced", paced["input"], p["output"], p["concurrency"], p["requests"], rate, p["token_ms"])
+        found.append((point, p.get("rounds", paced["rounds"]), paced["targets"]))
+    return [entry for entry in found if entry[2]]
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -235,7 +251,9 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
         for point, rounds, names in todo:
             for index in range(rounds):
                 for name in names[:: -1 if index % 2 else 1]:
-                    result = generators[name].run(arguments(targets[name], point, plan, seed=index))
+                    # prompts of its own: two ways to one engine share its prefix cache, and the second would be answered sooner
+                    seed = index * len(targets) + list(targets).index(name)
+                    result = generators[name].run(arguments(targets[name], point, plan, seed))
                     done += 1
                     at = (
                         f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"
@@ -250,7 +268,7 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
         "machine": plan["machine"],
         "settings": plan["settings"],
         "versions": plan["versions"],
-        "load": {key: plan[key] for key in ("matrix", "chain", "goodput")},
+        "load": {key: plan[key] for key in ("matrix", "chain", "paced", "goodput")},
         "targets": {t.name: {"path": t.path, "node": t.node, "backend": t.backend, "variant": t.variant} for t in targets.values()},
         "runs": runs,
     }

@@ -21,7 +21,7 @@ class BreakingProxy:
     def __init__(self, upstream: str) -> None:
         self.upstream, self.breaks, self.running = upstream, "nothing", 0
         self.tasks: set[asyncio.Task[None]] = set()
-        self.held: list[bytes] = []  # events of the last answer that it buffered
+        self.held: list[int] = []  # how many events there were in each answer that it buffered
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(uvicorn.Config(self, host="127.0.0.1", port=self.port, lifespan="off", log_config=None))
@@ -91,7 +91,7 @@ class BreakingProxy:
     async def _pieces(self, answer: httpx.Response, loaded: bool) -> AsyncIterator[bytes]:
         if self.breaks == "buffered":
             held = await answer.aread()
-            self.held = [line for line in held.splitlines() if line.startswith(b"data: ") and line != b"data: [DONE]"]
+            self.held.append(sum(line.startswith(b"data: ") and line != b"data: [DONE]" for line in held.splitlines()))
             yield held
         elif self.breaks == "token" and loaded and answer.headers["content-type"] == "application/json":
             body = json.loads(await answer.aread())

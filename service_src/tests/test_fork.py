@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -66,3 +68,43 @@ def test_the_core_leaves_its_parent_alone(meant: str | None, listening: socket.s
         mine.close()
         wake.close()
     listening.getsockname()  # the parent still has it
+
+
+def test_what_the_core_does_first_is_done_in_the_core_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(METHOD, raising=False)
+    done: list[int] = []
+
+    def tell_who(pipe: Connection) -> None:
+        pipe.send((os.getpid(), done))
+
+    def fork() -> tuple[int | None, int, list[int]]:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=tell_who, args=(theirs,))
+        process.start()
+        assert ours.poll(10)
+        process.join()
+        return (process.pid, *ours.recv())
+
+    with forked_core(force=True, first=lambda: done.append(os.getpid())):
+        pid, own, seen = fork()
+    assert (own, seen) == (pid, [pid])
+    assert done == []
+    assert fork()[2] == []
+
+
+CORES = len(os.sched_getaffinity(0))
+THREADS = """
+import torch
+from qwen_coder_service.backends.vllm import limit_threads
+limit_threads()
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("meant", "threads"), [(None, max(1, CORES - 1)), (str(CORES), CORES)])
+def test_what_computes_leaves_a_processor_to_the_service(meant: str | None, threads: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": meant} if meant else {}
+    said = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=True)
+    assert int(said.stdout) == threads

@@ -128,6 +128,12 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
     listening.close()
 
 
+def test_the_engine_computes_in_its_core(service: Running) -> None:
+    pids = subprocess.run(["pgrep", "-s", str(service.process.pid), "-f", "VLLM::"], capture_output=True, text=True, check=True)
+    assert [int(pid) for pid in pids.stdout.split()] == [core(service)]
+    assert psutil.Process(core(service)).parent() == worker(service)
+
+
 async def test_ready_after_a_token_alive_by_progress_and_sigterm_under_64_streams_cuts_none(
     start: Callable[..., Running], systemd: Systemd
 ) -> None:

@@ -14,7 +14,7 @@ from conftest import QWEN_32B
 from qwen_coder_service import settings
 from qwen_coder_service.backends.vllm import engine_arguments, offload_gib
 from qwen_coder_service.memory_probe import Gpu
-from qwen_coder_service.settings import SettingsError, claim, load
+from qwen_coder_service.settings import SettingsError, claim, load, place
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,60 @@ def test_ours_leave_the_environment_and_the_engines_own_are_set(environment: dic
     assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert environment["VLLM_CACHE_ROOT"] == f"{found.cache_dir}/vllm"
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+TWO_HOSTS = {"QWEN_ENGINE_HOSTS": "198.51.100.1, 127.0.0.1", "VLLM_TENSOR_PARALLEL_SIZE": "4", "QWEN_ENGINE_PORT": "29600"}
+
+
+def test_hosts_of_an_engine_know_their_place_by_their_addresses(environment: dict[str, str]) -> None:
+    assert place(load(environment)) == (0, "lo")
+    worker = load(environment | TWO_HOSTS)
+    assert place(worker) == (1, "lo")
+    arguments = engine_arguments(worker)
+    told = {name: arguments[name] for name in ("nnodes", "node_rank", "master_addr", "master_port", "distributed_executor_backend")}
+    assert told == {"nnodes": 2, "node_rank": 1, "master_addr": "198.51.100.1", "master_port": 29600, "distributed_executor_backend": "mp"}
+    head = load(environment | TWO_HOSTS | {"QWEN_ENGINE_HOSTS": "127.0.0.1,198.51.100.1"})
+    assert engine_arguments(head)["node_rank"] == 0
+    claim(worker, environment)
+    assert (environment["VLLM_HOST_IP"], environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("127.0.0.1", "lo", "lo")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"QWEN_ENGINE_HOSTS": "198.51.100.1,node2"},
+            "QWEN_ENGINE_HOSTS is 'node2'; set it to the addresses of the engine's hosts, the one that answers first, for example "
+            "10.0.0.1,10.0.0.2.",
+        ),
+        (
+            {"QWEN_ENGINE_HOSTS": "198.51.100.1,198.51.100.1"},
+            "QWEN_ENGINE_HOSTS is '198.51.100.1,198.51.100.1', with a host twice; set it to one address of each.",
+        ),
+        (
+            {"VLLM_TENSOR_PARALLEL_SIZE": "1"},
+            "VLLM_TENSOR_PARALLEL_SIZE is '1', which 2 hosts (QWEN_ENGINE_HOSTS) cannot share evenly; set it to a multiple of 2.",
+        ),
+        (
+            {"QWEN_BACKEND": "transformers"},
+            "QWEN_BACKEND is 'transformers', which answers from one host; set it to vllm, or remove QWEN_ENGINE_HOSTS.",
+        ),
+        ({"QWEN_ENGINE_PORT": "22"}, "QWEN_ENGINE_PORT is '22'; set it to the port at which an engine's hosts meet, 1024 to 65535."),
+    ],
+)
+def test_an_engine_over_hosts_that_cannot_be_is_refused(environment: dict[str, str], change: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(environment | TWO_HOSTS | change)
+    assert str(refused.value) == sentence
+
+
+def test_a_host_without_any_of_the_addresses_says_so(environment: dict[str, str]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        place(load(environment | TWO_HOSTS | {"QWEN_ENGINE_HOSTS": "198.51.100.1,198.51.100.2"}))
+    assert (
+        str(refused.value)
+        == "QWEN_ENGINE_HOSTS is '198.51.100.1,198.51.100.2', and this host has none of them; set it to one address of each host."
+    )
 
 
 def test_settings_become_engine_arguments(environment: dict[str, str]) -> None:

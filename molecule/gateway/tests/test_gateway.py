@@ -368,6 +368,88 @@ def test_no_request_is_lost_while_keys_certificates_and_cas_change(client, on, i
     assert {*answers} == {200}
 
 
+@pytest.fixture
+def connected(client, inventory):
+    """Six clients, each with a connection on which it asked once; a function by which each asks again on the same."""
+    context, key, connects = client_context(inventory), {"Authorization": client.headers["Authorization"]}, []
+    clients = [httpx.Client(base_url=client.base_url, verify=context, headers=key, timeout=30) for _ in range(6)]
+
+    def trace(event, _):
+        connects.extend([event] if event == "connection.connect_tcp.started" else [])
+
+    def ask():
+        return [of.post("/api/qwen/chat", json={}, extensions={"trace": trace}) for of in clients]
+
+    def again():
+        connects.clear()
+        answers = ask()
+        assert connects == []
+        return answers
+
+    ask()
+    assert len(connects) == 6
+    yield again
+    for of in clients:
+        of.close()
+
+
+def administer(host, command):
+    """A command to the present worker of the gateway."""
+    said = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('/run/qwen-gateway/admin.sock'); "
+    return host.check_output("python3 -c %s %s", said + "s.send(sys.argv[1].encode() + b'\\n'); print(s.makefile().read())", command)
+
+
+def test_a_worker_of_before_a_reload_asks_no_node_by_itself(connected, on):
+    """It does not know that a node is taken out, nor has it the certificate of today; what it is asked goes to the present worker."""
+    gateway = on("gw1")
+    gateway.check_output("systemctl reload qwen-gateway")
+    administer(gateway, "set server nodes/node1 state maint")
+    try:
+        answers = connected()
+    finally:
+        administer(gateway, "set server nodes/node1 state ready")
+    assert [(answer.status_code, answer.json()["host"]) for answer in answers] == [(200, "node2")] * 6
+    entry = logged(on, answers[0].headers["X-Request-ID"])
+    assert (entry["client"], entry["node"], entry["status"]) == ("demo", "successor", 200)
+
+
+def test_a_worker_without_a_successor_asks_a_node(connected, on):
+    """The gateway is stopped: connections that wait get one more answer."""
+    gateway = on("gw1")
+    gateway.check_output("systemctl stop --no-block qwen-gateway")
+    try:
+        time.sleep(1)
+        assert [answer.status_code for answer in connected()] == [200] * 6
+    finally:
+        gateway.check_output("systemctl start qwen-gateway")
+        time.sleep(3)
+
+
+def test_requests_beyond_what_nodes_get_at_a_time_wait_their_turn(client, on):
+    """Twelve streams of two seconds, where two nodes get two at a time: three waves, and none refused."""
+    gateway = on("gw1")
+    rows = [line.split(",") for line in administer(gateway, "show stat").splitlines()]
+    limit = rows[0].index("slim")
+    assert {row[1]: row[limit] for row in rows if row[0] == "nodes" and row[1].startswith("node")} == {"node1": "256", "node2": "256"}
+    for node in ("node1", "node2"):
+        administer(gateway, f"set maxconn server nodes/{node} 2")
+
+    def stream(_):
+        with client.stream("POST", "/api/qwen/chat", json={"stream": True}) as answer:
+            return answer.status_code, len([line for line in answer.iter_lines() if line])
+
+    try:
+        begun = time.monotonic()
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(stream, range(12)))
+        took = time.monotonic() - begun
+    finally:
+        for node in ("node1", "node2"):
+            administer(gateway, f"set maxconn server nodes/{node} 256")
+    assert answers == [(200, 5)] * 12
+    assert took > 3 * 5 * 0.4 - 0.5
+
+
 def test_a_stopped_service_costs_no_request(client, on):
     """No wait for a health check: the very next requests are answered by the other node."""
     on("node1").check_output("systemctl stop upstream@8080")
@@ -403,6 +485,42 @@ def test_a_node_that_is_not_ready_gets_nothing_and_comes_back(client, on):
     on("node2").check_output("rm /run/upstream-unready")
     time.sleep(5)
     assert hosts() == {"node1", "node2"}
+
+
+def health(host):
+    """What the present worker has of each node: {"node1": "UP"}; "UP 1/2", where one check that fails takes it out, is up, too."""
+    rows = [line.split(",") for line in administer(host, "show stat").splitlines()]
+    return {row[1]: row[rows[0].index("status")].split()[0] for row in rows if row[0] == "nodes" and row[1].startswith("node")}
+
+
+def test_nodes_that_are_busy_after_a_reload_stay_in(client, on):
+    """The first check of a new worker takes a node out if it fails, and all nodes may be late at once."""
+    for node in ("node1", "node2"):
+        on(node).check_output("echo 1.5 > /run/upstream-slow")
+    try:
+        on("gw1").check_output("systemctl reload qwen-gateway")
+        seen = set()
+        for _ in range(20):
+            time.sleep(0.25)
+            seen |= {client.post("/api/qwen/chat", json={}).status_code, *health(on("gw1")).values()}
+        assert seen == {200, "UP"}
+        on("node2").check_output("echo 4 > /run/upstream-slow")
+        time.sleep(8)
+        assert health(on("gw1")) == {"node1": "UP", "node2": "DOWN"}
+    finally:
+        for node in ("node1", "node2"):
+            on(node).check_output("rm -f /run/upstream-slow")
+        time.sleep(6)
+    assert health(on("gw1")) == {"node1": "UP", "node2": "UP"}
+
+
+def test_a_request_waits_where_all_nodes_missed_their_checks(client, on):
+    for node in ("node1", "node2"):
+        administer(on("gw1"), f"set server nodes/{node} health down")
+    begun = time.monotonic()
+    answer = client.post("/api/qwen/chat", json={})
+    assert answer.status_code == 200
+    assert time.monotonic() - begun > 0.5
 
 
 def test_a_node_of_the_wrong_identity_gets_nothing(on):

@@ -268,6 +268,13 @@ def test_units_are_hardened_and_run_at_boot(on, unit):
     assert host.run(f"nsenter -t {pid} -m touch /etc/written").rc != 0
 
 
+def test_prometheus_collects_its_garbage_early(on):
+    """As scripts/prometheus_scale.py has it, whose figures are the promise (docs/observability.md)."""
+    environment = on("mon1").check_output("tr '\\0' '\\n' < /proc/$(systemctl show -p MainPID --value prometheus)/environ")
+    assert {"GOGC=50", "GOMEMLIMIT=819MiB"} <= {*environment.splitlines()}
+    assert on("mon1").check_output("systemctl show -p MemoryHigh --value prometheus") == str(1024 * 2**20)
+
+
 def test_the_daemons_listen_on_loopback_alone(on):
     lines = [line.split() for line in on("mon1").check_output("ss -Hltnp").splitlines() if "prometheus" in line]
     assert {line[3] for line in lines} == {"127.0.0.1:9091", "127.0.0.1:9093", "127.0.0.1:9115", "127.0.0.1:9100"}

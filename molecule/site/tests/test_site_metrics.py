@@ -9,6 +9,8 @@ from pathlib import Path
 import dashboards
 import metric_names
 import pytest
+from fleet import nothing_lost, run_playbook
+from rollouts import LIGHT, load_of  # noqa: F401 (a fixture)
 
 API = "http://127.0.0.1:9091/api/v1"
 # the lab has no GPUs (scenario exporters looks after them), and no timer that renews certificates
@@ -120,6 +122,14 @@ def quick_alerts(host):
         host.run(f"systemctl stop webhook; for file in {' '.join(FILES)}; do mv $file.well $file; done; {RELOAD}")
 
 
+def arrives(told, want, status):
+    """Wait until the receiver was told so."""
+    deadline = time.monotonic() + 120
+    while status not in [alert["status"] for alert in told() if want <= alert["labels"].items()]:
+        assert time.monotonic() < deadline, told()
+        time.sleep(1)
+
+
 def test_a_cache_that_long_prompts_fill_is_told_and_then_that_it_is_well(on):
     node = on("node1")
     words = "curl -fsS -H 'Content-Type: application/json' -d %s http://127.0.0.1:8080/chat"
@@ -131,12 +141,26 @@ def test_a_cache_that_long_prompts_fill_is_told_and_then_that_it_is_well(on):
     with quick_alerts(on("mon1")) as told:
         node.check_output("systemd-run --quiet --unit=fill python3 -c %s", program)
         try:
-            for status in ("firing", "resolved"):
-                deadline = time.monotonic() + 120
-                while status not in [alert["status"] for alert in told() if want <= alert["labels"].items()]:
-                    assert time.monotonic() < deadline, told()
-                    time.sleep(1)
-                node.run("systemctl stop fill")
+            arrives(told, want, "firing")
+            node.check_output("systemctl stop fill")
+            arrives(told, want, "resolved")
         finally:
             node.run("systemctl stop fill")
     assert node.check_output("systemctl show -p NRestarts --value qwen-coder") == restarts
+
+
+def test_the_standby_takes_over_under_load_and_is_told_and_nothing_is_lost(on, load_of):  # noqa: F811
+    unit, want = "qwen-coder-transformers.service", {"alertname": "QwenStandbyActive", "instance": "node2"}.items()
+    limit = ["--limit", "node2,localhost"]
+    assert on("node2").run(f"systemctl is-active {unit}").stdout.strip() == "inactive"
+    with quick_alerts(on("mon1")) as told, load_of(LIGHT) as clients:
+        clients.wait_for(20)
+        try:
+            run_playbook("standby", "-e", "standby=activate", *limit)
+            assert on("node2").check_output(f"systemctl is-active {unit}") == "active"
+            arrives(told, want, "firing")
+        finally:
+            run_playbook("standby", "-e", "standby=deactivate", *limit)
+        arrives(told, want, "resolved")
+        clients.wait_for(len(clients.outcomes) + 20)
+    nothing_lost(on, clients.report)

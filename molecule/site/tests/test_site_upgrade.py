@@ -27,7 +27,7 @@ def test_an_upgrade_under_load_loses_nothing_and_names_what_outlived_the_wait(lo
 
     def long_streams():
         """Begun as a node's turn begins, and longer than its requests get to end."""
-        with load_of(Kind(6, 600)) as load:
+        with load_of(Kind(6, 1500)) as load:
             time.sleep(1)
         return load
 

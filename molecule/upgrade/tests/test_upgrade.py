@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fleet import ROOT, fault, run_playbook, states, stop_playbook
+from fleet import ROOT, fault, nothing_lost, run_playbook, states, stop_playbook
 from rollouts import (
     BAD_WEIGHTS,
     CODER,
@@ -37,8 +37,8 @@ from rollouts import more as more_of  # noqa: F401 (a fixture)
 
 @pytest.fixture
 def more(more_of):  # noqa: F811
-    """The same, for nodes of the transformers backend."""
-    return partial(more_of, common={"qwen_service_backend": "transformers"})
+    """The same, for nodes of the transformers backend, which have no standby."""
+    return partial(more_of, common={"qwen_service_backend": "transformers", "transformers_standby_enabled": False})
 
 
 def test_another_backend_is_another_release(load_of, on, more, as_before):  # noqa: F811
@@ -46,7 +46,7 @@ def test_another_backend_is_another_release(load_of, on, more, as_before):  # no
         clients.wait_for(20)
         output, _ = run_playbook("upgrade", *more())
         clients.wait_for(len(clients.outcomes) + 20)
-    assert clients.report.lost == []
+    nothing_lost(on, clients.report)
     assert order(output) == ["node1", "node2"]
     for name in NODES:
         assert 'backend="transformers"' in on(name).check_output("curl -fsS http://127.0.0.1:9090/metrics")
@@ -56,6 +56,15 @@ def test_another_backend_is_another_release(load_of, on, more, as_before):  # no
 def test_a_release_that_is_not_there_is_refused_before_anything_is_done(on, more, as_before):  # noqa: F811
     output, _ = run_playbook("rollback", *more(), "-e", "rollback_to=none", fails=True)
     assert "there is no release 'none' on this host; set it to one of those that are: " in said(output)
+    assert {name: (current(on(name)), invocation(on(name))) for name in NODES} == as_before
+
+
+def test_a_standby_that_is_wanted_and_not_there_is_said_before_anything_is_done(on, more_of, as_before):  # noqa: F811
+    output, _ = run_playbook("upgrade", *more_of({"qwen_service_max_num_seqs": 24}), fails=True)
+    assert (
+        "node1: transformers_standby_enabled is true, and qwen-coder-transformers.service is not installed; run playbooks/site.yml, which "
+        "installs it, or set transformers_standby_enabled to false." in said(output)
+    )
     assert {name: (current(on(name)), invocation(on(name))) for name in NODES} == as_before
 
 
@@ -84,7 +93,7 @@ def test_a_run_that_is_killed_while_it_puts_together_is_completed_by_the_next(lo
         stop_playbook("upgrade", *options, at=["PLAY [2/3", "Packages | Install what is locked"], after=5)
         assert current(on("node1")) == as_before["node1"][0]
         _, changed = run_playbook("upgrade", *options)
-    assert clients.report.lost == []
+    nothing_lost(on, clients.report)
     assert changed["node1"] > 5
     assert on("node1").file(f"{CODER}/current/venv").linked_to != on("node2").file(f"{CODER}/current/venv").linked_to
     check_all_is_well(on)
@@ -101,7 +110,7 @@ def test_back_to_the_release_before_and_forward_again_and_nothing_is_lost(load_o
         assert f"node1 runs {before}; before, it was {as_before['node1'][0]}." in said(output)
         run_playbook("rollback", *options)
         clients.wait_for(len(clients.outcomes) + 10)
-    assert clients.report.lost == []
+    nothing_lost(on, clients.report)
     assert current(on("node1")) == as_before["node1"][0]
     check_all_is_well(on)
 
@@ -115,10 +124,6 @@ BAD = {
     ),
     "corrupt weights": (BAD_WEIGHTS["corrupt"], "Run | Let what changed take effect", ""),
     "nonsense": (BAD_WEIGHTS["nonsense"], "Gate | Ask it", "golden answers are right; wrong are"),
-    "slower": (
-        {"qwen_service_extra_settings": {"ROLLOUT_FAULT": "slow", "ROLLOUT_FAULT_SECONDS": "0.1"}},
-        "Gate | Ask it", "of the release before; at most 1.5 times is allowed",
-    ),
     "crashes": (
         {
             "qwen_service_extra_settings": {"ROLLOUT_FAULT": "crash", "ROLLOUT_FAULT_SECONDS": "20"},
@@ -136,6 +141,30 @@ FILL = """
     mount -t tmpfs -o size=1m tmpfs /etc/systemd/system
     cp -a /root/units/. /etc/systemd/system/
     dd if=/dev/zero of=/etc/systemd/system/.full bs=4k 2>/dev/null || true"""
+
+
+def slow(seconds):
+    """A release of node1's that takes so much longer for each token."""
+    return {"qwen_service_extra_settings": {"ROLLOUT_FAULT": "slow", "ROLLOUT_FAULT_SECONDS": str(seconds)}}
+
+
+def test_a_release_that_is_twice_as_slow_undoes_itself_and_stops_the_roll_out(load_of, on, more, patched, as_before, tmp_path):  # noqa: F811
+    """Of a release that takes long enough for a token that the gate can tell; below 5 ms a token is anything's fault."""
+    with load_of(LIGHT) as clients:
+        options = ["-e", "qwen_service_rollout_slower=100", "--limit", "node1,localhost"]
+        output, _ = run_playbook("upgrade", *more(slow(0.03), nodes=["node1"], node1=patched), *options)
+        token_ms = float(re.search(r"each after it ([\d.]+) ms", said(output))[1])
+        before = {**as_before, "node1": (current(on("node1")), invocation(on("node1")))}
+        # its own time is in both
+        given = {**slow(round(0.03 + token_ms / 1000, 3)), "qwen_service_rollout_canaries": ["node1"]}
+        output, _ = run_playbook("upgrade", *more(given, node1=patched), fails=True)
+        clients.wait_for(len(clients.outcomes) + 10)
+    nothing_lost(on, clients.report)
+    why = "of the release before; at most 1.5 times is allowed"
+    check_it_was_refused(on, output, before, tmp_path / "evidence", "Gate | Ask it", why)
+    times = [float(number) for number in re.findall(r"a token takes \d+ ms, ([\d.]+) times", said(output))]
+    assert times
+    assert all(1.5 < number < 2.5 for number in times)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -156,7 +185,7 @@ def test_a_bad_release_undoes_itself_and_stops_the_roll_out(load_of, on, more, p
     finally:
         if case == "full disk":
             node.check_output("umount /etc/systemd/system && systemctl daemon-reload")
-    assert clients.report.lost == []
+    nothing_lost(on, clients.report)
     check_it_was_refused(on, output, as_before, tmp_path / "evidence", task, why)
 
 
@@ -190,7 +219,7 @@ def test_a_run_that_is_interrupted_again_and_again_is_completed_by_the_next(load
             stop_playbook("upgrade", *options, at=[*TURN, at], how=how, after=after)
             clients.mark(at)
         output, _ = run_playbook("upgrade", *options)
-    assert clients.report.lost == [], str(clients.report)
+    nothing_lost(on, clients.report)
     assert order(output) == ["node1"]
     assert "max_num_seqs=24" in on("node1").file(f"{CODER}/current/qwen-coder.env").content_string
     assert Path(on("node1").file(f"{CODER}/previous").linked_to).name == as_before["node1"][0]
@@ -207,7 +236,7 @@ def test_a_host_that_cannot_be_reached_stays_out_and_the_next_run_goes_on(load_o
         )
         assert states(on)["node1"] != "UP"
         clients.wait_for(len(clients.outcomes) + 10)
-    assert clients.report.lost == []  # it was drained already
+    nothing_lost(on, clients.report)  # it was drained already
     assert invocation(on("node2")) == as_before["node2"][1]
     fault("heal", "node1")
     time.sleep(3)
@@ -238,7 +267,7 @@ def test_what_a_person_took_out_stays_out_until_a_person_puts_it_back(load_of, o
     assert "node1: its service is not ready" in said(output)
     on("node1").check_output("systemctl start qwen-coder")
     run_playbook("maintenance", *more(), *undrain)
-    assert clients.report.lost == []
+    nothing_lost(on, clients.report)
     check_all_is_well(on)
 
 
@@ -248,7 +277,19 @@ def test_a_node_is_rebooted_under_load_and_nothing_is_lost(load_of, on, more, as
         clients.wait_for(10)
         run_playbook("maintenance", *more(), "-e", "maintenance=reboot", "--limit", "node2")
         clients.wait_for(len(clients.outcomes) + 10)
-    assert clients.report.lost == []
+    nothing_lost(on, clients.report)
     assert int(on("node2").check_output("stat -c %Y /proc/1")) >= int(boot[1])
     assert invocation(on("node2")) != as_before["node2"][1]
+    check_all_is_well(on)
+
+
+def test_a_service_whose_release_somebody_removed_is_still_one_that_runs(load_of, on, more, as_before):  # noqa: F811
+    for name in NODES:
+        on(name).check_output(f"rm -r {CODER}/releases/{current(on(name))}")
+    with load_of(LIGHT) as clients:
+        clients.wait_for(10)
+        output, _ = run_playbook("upgrade", *more({"qwen_service_max_num_seqs": 28}))
+        clients.wait_for(len(clients.outcomes) + 10)
+    nothing_lost(on, clients.report)
+    assert order(output) == ["node1", "node2"]
     check_all_is_well(on)

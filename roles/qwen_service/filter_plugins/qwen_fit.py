@@ -148,11 +148,11 @@ def _arguments(values: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[st
     }
 
 
-def _devices(sizing: ModuleType, cuda: Mapping[str, Any], indices: list[int]) -> dict[str, int]:
-    """The devices for ``sizing.fit``: how many there are, and the memory of the smallest that is used."""
+def _devices(sizing: ModuleType, cuda: Mapping[str, Any], indices: list[int], span: int) -> dict[str, int]:
+    """The devices for ``sizing.fit``: how many there are on hosts like this one, and the memory of the smallest that is used."""
     gpus = cuda["gpus"]
     used = [gpu for gpu in gpus if gpu["index"] in indices] or gpus
-    return {"devices": len(gpus), "device_memory_bytes": sizing.cuda_memory_bytes(min(gpu["memory_total_mib"] for gpu in used))}
+    return {"devices": len(gpus) * span, "device_memory_bytes": sizing.cuda_memory_bytes(min(gpu["memory_total_mib"] for gpu in used))}
 
 
 def _tiers_that_fit(sizing: ModuleType, cuda: Mapping[str, Any], words: Mapping[str, Any]) -> list[str]:
@@ -166,15 +166,17 @@ def _tiers_that_fit(sizing: ModuleType, cuda: Mapping[str, Any], words: Mapping[
         numbers, wrong = _numbers("", values)
         if wrong:
             continue
-        fit = sizing.fit(sizing.ModelShape.from_config(model["config"]), **_devices(sizing, cuda, []), **_arguments(values, numbers))
+        fit = sizing.fit(
+            sizing.ModelShape.from_config(model["config"]), **_devices(sizing, cuda, [], words["span"]), **_arguments(values, numbers)
+        )
         if fit.fits:
             found.append(name)
     return found
 
 
-def _memory(host: str, sizing: ModuleType, numbers: Mapping[str, Any], memory: int) -> list[str]:
+def _memory(host: str, sizing: ModuleType, numbers: Mapping[str, Any], memory: int, span: int) -> list[str]:
     """Whether the host's memory holds the offload budget and the KV cache's swap, beside the processes."""
-    size = numbers["qwen_service_tensor_parallel_size"]
+    size = numbers["qwen_service_tensor_parallel_size"] // span
     offload, swap = numbers["qwen_service_cpu_offload_gb"], numbers["qwen_service_swap_space"]
     processes = (1 + size) * sizing.HOST_PROCESS_BYTES
     if not offload and not swap:
@@ -227,7 +229,8 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
         seen: what was found: ``capacity`` (module ``qwen_capacity``), ``cuda`` (module ``cuda_facts``; None where the profile needs no
             GPU, or none can be seen yet) and ``gpus`` (indices of those that the service is to use).
         words: ``source`` (the service's source directory), ``variables`` (the service's setting -> our variable), ``tiers``, ``models``
-            and ``profiles`` of role ``qwen``, and ``tier`` (the host's).
+            and ``profiles`` of role ``qwen``, ``tier`` (the host's), and ``span`` (hosts, this one and others like it, over which its
+            engine spans).
 
     Returns:
         ``figures`` (of ``sizing.Fit``, None where nothing was worked out), ``problems`` and ``notices``, each a list of sentences.
@@ -237,8 +240,15 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
     result: dict[str, Any] = {"figures": None, "problems": problems, "notices": []}
     if problems:
         return result
+    size, span = numbers["qwen_service_tensor_parallel_size"], words["span"]
+    if size % span:
+        problems.append(
+            f"{host}: qwen_service_tensor_parallel_size is '{size}', which {span} hosts (qwen_engine_hosts) cannot share evenly; "
+            f"set it to a multiple of {span}."
+        )
+        return result
     capacity, cuda, profile = seen["capacity"], seen["cuda"], words["profiles"][values["qwen_service_profile"]]
-    problems += _memory(host, sizing, numbers, capacity["memory_bytes"])
+    problems += _memory(host, sizing, numbers, capacity["memory_bytes"], words["span"])
 
     name = values["qwen_service_model"]
     known = words["models"].get(name)
@@ -266,7 +276,7 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
             if cuda and (cuda["lost"] or cuda["on_bus"] > len(cuda["gpus"])):
                 pass  # a host that lacks GPUs it has is to be mended, not declared smaller: role cuda says so
             elif profile["driver"] and cuda:
-                problems += _chosen(host, values["qwen_service_gpus"], numbers["qwen_service_tensor_parallel_size"], cuda)
+                problems += _chosen(host, values["qwen_service_gpus"], size, span, cuda)
                 figures, found = _gpu_memory(host, sizing, shape, values, numbers, seen, words)
                 result["figures"] = figures
                 problems += found
@@ -278,14 +288,15 @@ def qwen_service_fit(values: Mapping[str, Any], host: str, seen: Mapping[str, An
     return result
 
 
-def _chosen(host: str, declared: list[int], size: int, cuda: Mapping[str, Any]) -> list[str]:
-    """Whether the GPUs that an operator chose are there, and as many as a layer is split over."""
+def _chosen(host: str, declared: list[int], size: int, span: int, cuda: Mapping[str, Any]) -> list[str]:
+    """Whether the GPUs that an operator chose are there, and as many as a layer is split over, or this host's share of them."""
     there = [gpu["index"] for gpu in cuda["gpus"]]
-    if not declared or (len(set(declared)) == len(declared) == size and set(declared) <= set(there)):
+    if not declared or (len(set(declared)) == len(declared) == size // span and set(declared) <= set(there)):
         return []
+    over = f" over {span} hosts" if span > 1 else ""
     return [
-        f"{host}: qwen_service_gpus is '{', '.join(map(str, declared))}'; set it to {size} of the host's GPUs "
-        f"({', '.join(map(str, there))}; qwen_service_tensor_parallel_size is {size}), or to [] to have them chosen."
+        f"{host}: qwen_service_gpus is '{', '.join(map(str, declared))}'; set it to {size // span} of the host's GPUs "
+        f"({', '.join(map(str, there))}; qwen_service_tensor_parallel_size is {size}{over}), or to [] to have them chosen."
     ]
 
 
@@ -305,7 +316,7 @@ def _gpu_memory(
 ) -> tuple[dict[str, Any] | None, list[str]]:  # fmt: skip
     """Figures of the fit on the GPUs, and its problems under the inventory's names."""
     try:
-        fit = sizing.fit(shape, **_devices(sizing, seen["cuda"], seen["gpus"]), **_arguments(values, numbers))
+        fit = sizing.fit(shape, **_devices(sizing, seen["cuda"], seen["gpus"], words["span"]), **_arguments(values, numbers))
     except sizing.SizingError as error:
         return None, [f"{host}: {error}"]
     problems = []
@@ -317,6 +328,32 @@ def _gpu_memory(
     return fit.figures(), problems
 
 
+def qwen_service_uneven(audits: Mapping[str, Mapping[str, Any]], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say where hosts of one engine would start it with other values than the one that answers.
+
+    Args:
+        audits: ``qwen_service_audit`` of each host.
+        hostvars: Ansible's ``hostvars``, for ``qwen_engine_hosts``.
+
+    Returns:
+        One sentence a value.
+    """
+    found = []
+    for host, audit in audits.items():
+        head = next(iter(hostvars[host].get("qwen_engine_hosts") or []), host)
+        if head == host or head not in audits:
+            continue
+        meant = {setting["name"]: setting["value"] for setting in audits[head]["settings"]}
+        found += [
+            f"{host}: {setting['name']} is '{setting['value']}', and '{meant[setting['name']]}' on {head}, the head of its engine; "
+            "set it to "
+            "the same, best in a group that they share."
+            for setting in audit["settings"]
+            if setting["value"] != meant[setting["name"]]
+        ]
+    return found
+
+
 class FilterModule:
     """Filters of role ``qwen_service``."""
 
@@ -326,4 +363,5 @@ class FilterModule:
             "qwen_service_fit": qwen_service_fit,
             "qwen_service_origins": qwen_service_origins,
             "qwen_service_lines": qwen_service_lines,
+            "qwen_service_uneven": qwen_service_uneven,
         }

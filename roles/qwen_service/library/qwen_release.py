@@ -92,6 +92,8 @@ good:
   description: For C(info), the release to go back to, the last that is known to serve; an empty string where nothing was there.
 due:
   description: For C(info), whether there is something to do; another release, a restart, a start, or a roll-out that did not end.
+live:
+  description: For C(info), whether clients may notice what is done; a release was the current one, or a unit runs although it is gone.
 kept:
   description: For C(current), the releases that are there, the newest first.
 removed:
@@ -372,10 +374,12 @@ def main() -> None:
         if options["state"] == "info":
             # a dry run did not put it together
             name = name if module.check_mode else releases.known(name)
-            rollout, serves = releases.rollout(), "active" in (state.get("ActiveState"), instead.get("ActiveState"))
+            rollout, units = releases.rollout(), (state.get("ActiveState"), instead.get("ActiveState"))
+            serves = "active" in units
             module.exit_json(
                 changed=False, id=name, before=before, previous=releases.named("previous"), about=releases.about(name), rollout=rollout,
                 good=releases.good(), restart=restart, due=restart or bool(rollout) or not serves,
+                live=bool(before) or not {"active", "activating", "reloading"}.isdisjoint(units),
             )  # fmt: skip
         kept, removed = releases.forget(options["keep"], module.check_mode)
     except ReleaseError as error:

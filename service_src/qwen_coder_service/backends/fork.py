@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 """How vLLM starts its processes: ``fork``, its own default, or ``spawn``."""
 
-_core: tuple[str | None] | None = None  # is the next fork the core, and the method for what it starts
+# for the next fork, if it is to be the core: the method for what it starts, and what it does first
+_core: tuple[str | None, Callable[[], None] | None] | None = None
 
 
 def leave_parent_alone() -> None:
@@ -38,9 +39,11 @@ def leave_parent_alone() -> None:
 def _after_fork() -> None:
     global _core
     if _core is not None:
-        _set_method(*_core)
-        _core = None
+        (method, first), _core = _core, None
+        _set_method(method)
         leave_parent_alone()
+        if first is not None:
+            first()
 
 
 def _set_method(method: str | None) -> None:
@@ -51,7 +54,7 @@ def _set_method(method: str | None) -> None:
 
 
 @contextlib.contextmanager
-def forked_core(force: bool) -> Iterator[None]:
+def forked_core(force: bool, first: Callable[[], None] | None = None) -> Iterator[None]:
     """Within, an engine core that vLLM forks leaves its parent alone, and starts its own processes as vLLM meant to start all.
 
     Args:
@@ -60,7 +63,7 @@ def forked_core(force: bool) -> Iterator[None]:
     """
     global _core
     meant = os.environ.get(METHOD)
-    _core = (meant,)
+    _core = (meant, first)
     if force:
         os.environ[METHOD] = "fork"
     try:

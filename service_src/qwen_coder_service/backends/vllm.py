@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 from ..memory_probe import find_gpus, foretell
 from ..persona import Tokenizer
-from ..settings import Settings
+from ..settings import Settings, place
 from ..sizing import GIB, ModelShape, SizingError
 from .base import BackendDead, Piece, Sampling
 from .fork import forked_core
@@ -68,10 +69,27 @@ def engine_arguments(settings: Settings, offload: float = 0) -> dict[str, Any]:
         arguments["cpu_offload_gb"] = offload
     if settings.kv_cache_memory_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
+    if settings.hosts > 1:
+        # vLLM's own way over several hosts, without Ray: each is told the same and its rank
+        arguments |= {
+            "distributed_executor_backend": "mp",
+            "nnodes": settings.hosts,
+            "node_rank": place(settings)[0],
+            "master_addr": str(settings.engine_hosts[0]),
+            "master_port": settings.engine_port,
+        }
     if settings.swap_space:
         # vLLM's own swap_space went away in 0.18; offloaded KV cache is what took its place
         arguments["kv_offloading_size"] = settings.swap_space
     return arguments
+
+
+def limit_threads() -> None:
+    """Leave a core to the service where OpenMP computes, as vLLM does for its workers; ``OMP_NUM_THREADS`` in the environment stands."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 class VllmBackend:
@@ -116,7 +134,10 @@ class VllmBackend:
 
         arguments = AsyncEngineArgs(**engine_arguments(self._settings, offload_gib(self._settings)))
         config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        with forked_core(force=current_platform.is_cpu()):
+        alone = current_platform.is_cpu() and config.parallel_config.world_size == 1
+        if alone:
+            config.parallel_config.distributed_executor_backend = "uni"
+        with forked_core(force=current_platform.is_cpu(), first=limit_threads if alone else None):
             self._engine = AsyncLLM.from_vllm_config(config, stat_loggers=[Progress])
         self.tokenizer = self._engine.get_tokenizer()
         self.max_model_len = int(self._engine.model_config.max_model_len)
@@ -144,13 +165,16 @@ class VllmBackend:
             await self._engine.check_health()
 
     async def ping(self) -> None:
-        """Ask the engine core something that costs it nothing; it answers between two steps.
+        """Ask the engine core something that costs it nothing; it answers between two steps, and of several hosts, when all have answered.
 
         Raises:
             BackendDead: it does not live.
         """
         with _death("the engine core is dead"):
-            await self._engine.is_sleeping()
+            if self._settings.hosts > 1:  # vLLM itself watches the processes of this host
+                await self._engine.collective_rpc("check_health")
+            else:
+                await self._engine.is_sleeping()
 
     def kill(self) -> None:
         """Kill the engine core, which takes its workers with it. vLLM then fails every request that runs."""
