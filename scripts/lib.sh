@@ -44,7 +44,7 @@ idle_job() {
 why() {
   local lines
   lines=$(sed 's/\x1b\[[0-9;]*m//g; s/^ *│ //' "$1" |
-    grep -E -A 3 '^(FAILED|ERROR) |^E  |^\[ERROR\]|^fatal: |FAILED! =>|UNREACHABLE! =>' | grep -v '^--$' | cut -c 1-300 | tail -24) || true
+    grep -E -A 3 '^(FAILED|ERROR) |^E  |^\[ERROR\]|^fatal: |FAILED! =>|UNREACHABLE! =>' | grep -v '^--$' | cut -c 1-300 | tail -60) || true
   printf '%s\n' "${lines:-$(tail -15 "$1")}"
 }
 

@@ -378,7 +378,8 @@ def connected(client, inventory):
         connects.extend([event] if event == "connection.connect_tcp.started" else [])
 
     def ask():
-        return [of.post("/api/qwen/chat", json={}, extensions={"trace": trace}) for of in clients]
+        with ThreadPoolExecutor(len(clients)) as pool:
+            return list(pool.map(lambda of: of.post("/api/qwen/chat", json={}, extensions={"trace": trace}), clients))
 
     def again():
         connects.clear()
@@ -521,6 +522,21 @@ def test_a_request_waits_where_all_nodes_missed_their_checks(client, on):
     answer = client.post("/api/qwen/chat", json={})
     assert answer.status_code == 200
     assert time.monotonic() - begun > 0.5
+
+
+def test_requests_outlast_a_moment_in_which_no_node_gets_to_a_handshake(connected, on):
+    """Their connections are not made in time, and then all nodes are out; HAProxy would end the clients' connections without a word."""
+    for node in ("node1", "node2"):
+        on(node).check_output("systemctl kill -s STOP qwen-mtls-proxy")
+    try:
+        resume = threading.Timer(
+            7, lambda: [on(node).check_output("systemctl kill -s CONT qwen-mtls-proxy") for node in ("node1", "node2")]
+        )
+        resume.start()
+        answers = connected()
+    finally:
+        resume.join()
+    assert [answer.status_code for answer in answers] == [200] * 6
 
 
 def test_a_node_of_the_wrong_identity_gets_nothing(on):
