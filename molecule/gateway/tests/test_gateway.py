@@ -387,7 +387,7 @@ def connected(client, inventory):
         assert connects == []
         return answers
 
-    ask()
+    assert [answer.status_code for answer in ask()] == [200] * 6
     assert len(connects) == 6
     yield again
     for of in clients:

@@ -29,7 +29,7 @@ options:
     choices: [info, drain, maint, ready]
     required: true
   wait_seconds:
-    description: How long requests that run may take, or a node that is put back may take to be found healthy.
+    description: How long requests that run may take, or a node that is put back, or looked at, may take to be found healthy.
     type: int
     default: 0
   backend:
@@ -194,7 +194,7 @@ def main() -> None:
             servers = gateway.servers()
             row = servers[name]
             sessions, up = int(row["scur"]) + int(row["qcur"] or 0), row["status"].startswith("UP")
-            done = {"drain": sessions == 0, "maint": sessions == 0, "ready": up, "info": True}[state]
+            done = {"drain": sessions == 0, "maint": sessions == 0, "ready": up, "info": up}[state]
             if done or module.check_mode or time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
