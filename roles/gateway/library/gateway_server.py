@@ -99,9 +99,9 @@ class Gateway:
         return answer.decode()
 
     def servers(self) -> dict[str, dict[str, str]]:
-        """Each node's line of the statistics, by its name."""
+        """Each node's line of the statistics, by its name; a backup is where requests wait, and no node."""
         text = self.ask(f"show stat {self.backend} 4 -1").removeprefix("# ")
-        return {row["svname"]: row for row in csv.DictReader(io.StringIO(text))}
+        return {row["svname"]: row for row in csv.DictReader(io.StringIO(text)) if row["bck"] == "0"}
 
     def states(self) -> list[list[str]]:
         """The lines of `show servers state`, by field; the first two are the format's version and the names."""
