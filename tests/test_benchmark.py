@@ -225,4 +225,4 @@ def test_what_is_measured_by_the_clock_is_a_part_of_its_own() -> None:
     words = benchmark_qwen.arguments(benchmark_qwen.Target(**targets[0]), point, {"tokenizer": "t", "goodput": {}}, 0)
     assert words[words.index("--request-rate") + 1] == "32.2"
     assert json.loads(words[words.index("--extra-body") + 1]) == {"seed": 250}
-    assert "--max-concurrency" not in words
+    assert words[words.index("--max-concurrency") + 1] == "256"

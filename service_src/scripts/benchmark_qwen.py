@@ -57,8 +57,7 @@ class Target:
 class Point:
     """One kind of load: tokens of a prompt and of an answer, requests at a time, and how many there are in all.
 
-    With a ``rate``, so many requests a second begin, at random moments and however many are there: the number at a time is then what the
-    rate and the length of an answer make it. ``token_ms`` is for an engine by the clock: the time between two tokens.
+    With a ``rate``, so many requests a second begin, at random moments, or later where as many as that are there. ``token_ms`` is for an engine by the clock: the time between two tokens.
     """
 
     part: str
@@ -190,7 +189,7 @@ def arguments(target: Target, point: Point, plan: dict[str, Any], seed: int) -> 
     given = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", target.url, "--model", target.model]
     given += ["--tokenizer", plan["tokenizer"], "--dataset-name", "random", "--random-input-len", str(point.input)]
     given += ["--random-output-len", str(point.output), "--num-prompts", str(point.requests)]
-    given += ["--request-rate", f"{point.rate:g}"] if point.rate else ["--max-concurrency", str(point.concurrency)]
+    given += ["--max-concurrency", str(point.concurrency)] + (["--request-rate", f"{point.rate:g}"] if point.rate else [])
     # by the clock, each client has its connection before it is measured, as a client has that does not ask for the first time
     warm = point.concurrency if point.token_ms else min(point.concurrency, 4)
     given += ["--num-warmups", str(warm), "--seed", str(seed), "--disable-tqdm"]
