@@ -524,6 +524,22 @@ def test_a_request_waits_where_all_nodes_missed_their_checks(client, on):
     assert time.monotonic() - begun > 0.5
 
 
+def test_a_request_waits_where_all_nodes_are_taken_out(client, on):
+    for node in ("node1", "node2"):
+        administer(on("gw1"), f"set server nodes/{node} state drain")
+    back = threading.Timer(3, lambda: administer(on("gw1"), "set server nodes/node2 state ready"))
+    back.start()
+    begun = time.monotonic()
+    try:
+        answer = client.post("/api/qwen/chat", json={})
+        took = time.monotonic() - begun
+    finally:
+        back.join()
+        administer(on("gw1"), "set server nodes/node1 state ready")
+    assert (answer.status_code, answer.json()["host"]) == (200, "node2")
+    assert took > 2
+
+
 def test_requests_outlast_a_moment_in_which_no_node_gets_to_a_handshake(connected, on):
     """Their connections are not made in time, and then all nodes are out; HAProxy would end the clients' connections without a word."""
     for node in ("node1", "node2"):
