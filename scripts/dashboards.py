@@ -213,7 +213,7 @@ BOARDS: dict[str, tuple[str, tuple[str, ...], list[list[Panel]]]] = {
                 Panel("Probe", {"probe_duration_seconds": "{{instance}}"}, "s"),
                 Panel(
                     "Nodes in rotation",
-                    {f'haproxy_server_status{{{GATEWAY},proxy="nodes",state="UP"}}': "{{instance}} {{server}}"},
+                    {f'haproxy_server_status{{{GATEWAY},proxy="nodes",server!="hold",state="UP"}}': "{{instance}} {{server}}"},
                 ),
                 Panel(
                     "Bytes to clients",
