@@ -57,7 +57,8 @@ class Target:
 class Point:
     """One kind of load: tokens of a prompt and of an answer, requests at a time, and how many there are in all.
 
-    With a ``rate``, so many requests a second begin, at random moments, or later where as many as that are there. ``token_ms`` is for an engine by the clock: the time between two tokens.
+    With a ``rate``, so many requests a second begin, at random moments, or later where as many as that are there. ``token_ms`` is for an
+    engine by the clock: the time between two tokens.
     """
 
     part: str
