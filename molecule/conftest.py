@@ -61,7 +61,7 @@ def curl() -> Callable[..., tuple[int, int, str]]:
     """Call curl on a host: exit code of curl, HTTP status (0 where none came), body."""
 
     def call(host: Host, url: str, options: str = IDENTITY) -> tuple[int, int, str]:
-        result = host.run(f"curl -sS -m 20 -w '\\n%{{http_code}}' {options} '{url}'")
+        result = host.run(f"curl -sS --connect-timeout 6 -m 20 -w '\\n%{{http_code}}' {options} '{url}'")
         body, _, status = result.stdout.rpartition("\n")
         return result.rc, int(status), body
 
