@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,8 +18,24 @@ STATES = (
 
 
 def fault(verb, name):
-    """A power cut and its end, from the lab's own tool."""
+    """A power cut and its end, and the like, from the lab's own tool."""
     subprocess.run([ROOT / "molecule/lab/fault", verb, name], check=True, env=os.environ, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def engines_yield(on, *names):
+    """As if they computed on a GPU: nodes, and on them the engines, get the processor time that nobody else wants."""
+
+    def give(niceness, verb):
+        for name in names:
+            on(name).check_output(f"renice -n {niceness} -u qwen-coder")
+            fault(verb, name)
+
+    give(19, "yield")
+    try:
+        yield
+    finally:
+        give(0, "even")
 
 
 def states(on):

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fleet import nothing_lost
+from fleet import engines_yield, nothing_lost
 from test_site import ROOT, load, wait_until_both_serve  # noqa: F401 (a fixture)
 
 HOSTS = ("gw1", "node1", "node2", "mon1")
@@ -37,7 +37,8 @@ def rotated(load, on):  # noqa: F811
     """Every certificate replaced, and then the CA, while 64 clients stream; what the clients saw."""
     wait_until_both_serve(on)
     gateway, serials = on("gw1"), []
-    with load(64, streaming=1) as clients:
+    # without, Ansible waits for engines most of the time, and 64 streams are there all the same
+    with load(64, streaming=1) as clients, engines_yield(on, "node1", "node2"):
         clients.wait_for(200)
         for rotate in ("leaf", "ca"):
             gateway.check_output(f"rm -rf /root/{rotate} && cp -a /etc/qwen-pki /root/{rotate}")
