@@ -1,13 +1,19 @@
-"""Write the bytecode of what the service imports, and of no more: ``python -m qwen_coder_service.bytecode``, by who may write it.
+"""Write the bytecode of what the service imports, and of no more, by who may write it.
+
+``python -m qwen_coder_service.bytecode [ENVIRONMENTS...]``: these are folders of environments that stand side by side.
 
 The service may not write into its environment, and would compile at every start, in each of its processes. Of the 21,000 modules of an
-environment a start uses a quarter; to compile them all takes a minute and a half of processor time and more.
+environment a start uses a quarter; to compile them all takes a minute and a half of processor time and more. Environments share the files
+of equal packages (uv links them), and what one has compiled, another need not compile again.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
 
 MODULES = (
     "gunicorn.app.wsgiapp",
@@ -48,6 +54,34 @@ MODULES = (
 """What a start imports first, of all backends and kinds of processors; with these come the modules that they need."""
 
 
+def share(folders: Iterable[str], own: str = sysconfig.get_path("purelib")) -> int:
+    """Take the bytecode of other environments where its source is the same file.
+
+    Args:
+        folders: folders of environments, each with ``<name>/venv``; what is not there has none.
+        own: where this environment's packages are.
+
+    Returns:
+        How many files were taken; they are links, as the packages' own files are.
+    """
+    own_packages, taken = Path(own), 0
+    # <folder>/<name>/venv/lib/python3.x/site-packages
+    within = Path(*own_packages.parts[-4:])
+    for packages in (there for folder in folders for there in Path(folder).glob(f"*/{within}") if there != own_packages):
+        for compiled in packages.rglob(f"__pycache__/*.{sys.implementation.cache_tag}.pyc"):
+            name = compiled.relative_to(packages)
+            source = name.parent.parent / f"{name.name.split('.')[0]}.py"
+            try:
+                if not (packages / source).samefile(own_packages / source):
+                    continue
+                (own_packages / name.parent).mkdir(exist_ok=True)
+                (own_packages / name).hardlink_to(compiled)
+            except OSError:  # only there, here already, or on another file system: it is compiled, if it is imported
+                continue
+            taken += 1
+    return taken
+
+
 def write(modules: tuple[str, ...] = MODULES) -> dict[str, str]:
     """Import modules, and let Python write their bytecode.
 
@@ -68,5 +102,6 @@ def write(modules: tuple[str, ...] = MODULES) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    print(f"shared with environments beside this one: {share(sys.argv[1:])}")
     for name, why in write().items():
         print(f"left out: {name}: {why.splitlines()[0][:200]}")
