@@ -239,6 +239,7 @@ def test_what_nvidia_smi_says_before_and_after_loading_is_the_measure(model: Pat
         "HOME": str(tmp_path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "QWEN_ENFORCE_EAGER": "true",  # what is compiled for processors is not what is compiled for GPUs, and takes a minute
     }
     probe = [sys.executable, "-m", "qwen_coder_service.memory_probe", *options, "--load-model", "--format", "json"]
     done = subprocess.run(probe, capture_output=True, text=True, env=environment, timeout=180)
