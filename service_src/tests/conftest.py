@@ -182,6 +182,8 @@ class Running:
 def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
     """Start the service with the tiny model, the way its unit does; everything that was started ends with the tests."""
     started: list[Running] = []
+    # what vLLM knows of a kind of model; it asks a process of its own, which imports everything once more, where its cache does not say
+    known = tmp_path_factory.mktemp("modelinfos")
 
     def launch(wait: bool = True, **settings: str) -> Running:
         folder = tmp_path_factory.mktemp("service")
@@ -200,6 +202,10 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
             "max_num_seqs": "32",
             **settings,
         }
+        infos = Path(environment["VLLM_CACHE_DIR"], "vllm/modelinfos")
+        infos.parent.mkdir(exist_ok=True)
+        if not infos.exists():
+            infos.symlink_to(known)
         log = folder / "log"
         command = ["gunicorn", "--config", "python:qwen_coder_service.gunicorn_conf", "--workers", "1"]
         command += ["--worker-class", "uvicorn_worker.UvicornWorker", "--bind", f"127.0.0.1:{port}", "qwen_coder_service.main:app"]
