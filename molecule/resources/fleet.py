@@ -31,8 +31,8 @@ def engines_yield(on, *names):
             on(name).check_output(f"renice -n {niceness} -u qwen-coder")
             fault(verb, name)
 
-    give(19, "yield")
     try:
+        give(19, "yield")
         yield
     finally:
         give(0, "even")
