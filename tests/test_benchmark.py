@@ -190,7 +190,7 @@ def test_other_weights_have_a_target_of_their_own_and_the_chain_two_ways_to_one_
     assert (alone["matrix"]["targets"], alone["chain"]["targets"]) == (["vLLM direct", "vLLM awq-4bit direct"], [])
 
 
-MATRIX = {"input": [64], "output": 32, "concurrency": [1, 8], "rounds": 3, "each": 2, "least": 12}
+MATRIX = {"input": [64], "output": 32, "concurrency": [1, 8, 64], "rounds": 3, "each": 4, "least": 12, "most": 128}
 CHAIN = {"input": 32, "rounds": 3, "points": [{"concurrency": 1000, "output": 32, "requests": 1000, "rounds": 1}]}
 PACED = {
     "input": 32, "rounds": 2, "first_ms": 200,
@@ -215,12 +215,19 @@ def test_what_is_measured_by_the_clock_is_a_part_of_its_own() -> None:
         assert {target["backend"] for target in load["targets"]} == {*backends}
         seen[backends[0]] = [(vars(point), rounds, names) for point, rounds, names in benchmark_qwen.points(load)]
     assert [(point["part"], point["concurrency"], point["requests"], rounds) for point, rounds, _ in seen["vllm"]] == [
-        ("matrix", 1, 12, 3), ("matrix", 8, 16, 3), ("chain", 1000, 1000, 1),
+        ("matrix", 1, 12, 3), ("matrix", 8, 32, 3), ("matrix", 64, 128, 3), ("chain", 1000, 1000, 1),
     ]  # fmt: skip
     assert {tuple(names) for _, _, names in seen["paced"]} == {("paced direct", "paced gateway")}
     assert [(point["part"], point["rate"], point["token_ms"], rounds) for point, rounds, _ in seen["paced"]] == [
         ("paced", None, 30, 2), ("paced", 32.2, 250, 2),
     ]  # fmt: skip
+    names = [target["name"] for target in targets]
+    drawn = {
+        part: [benchmark_qwen.seed(benchmark_qwen.Point(**point), 1, name, names) for name in ways]
+        for part, ((point, _, ways), *_) in seen.items()
+    }
+    assert drawn["paced"] == [1, 1]
+    assert len(set(drawn["vllm"])) == 3
     point = benchmark_qwen.Point(**seen["paced"][1][0])
     words = benchmark_qwen.arguments(benchmark_qwen.Target(**targets[0]), point, {"tokenizer": "t", "goodput": {}}, 0)
     assert words[words.index("--request-rate") + 1] == "32.2"

@@ -188,7 +188,7 @@ def tunnel(target: Target) -> Iterator[None]:
         process.wait()
 
 
-def arguments(target: Target, point: Point, plan: dict[str, Any], seed: int) -> list[str]:
+def arguments(target: Target, point: Point, plan: dict[str, Any], drawn_from: int) -> list[str]:
     """A run, in the words of ``vllm bench serve``."""
     given = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", target.url, "--model", target.model]
     given += ["--tokenizer", plan["tokenizer"], "--dataset-name", "random", "--random-input-len", str(point.input)]
@@ -196,7 +196,7 @@ def arguments(target: Target, point: Point, plan: dict[str, Any], seed: int) -> 
     given += ["--max-concurrency", str(point.concurrency)] + (["--request-rate", f"{point.rate:g}"] if point.rate else [])
     # by the clock, each client has its connection before it is measured, as a client has that does not ask for the first time
     warm = point.concurrency if point.token_ms else min(point.concurrency, 4)
-    given += ["--num-warmups", str(warm), "--seed", str(seed), "--disable-tqdm"]
+    given += ["--num-warmups", str(warm), "--seed", str(drawn_from), "--disable-tqdm"]
     given += ["--ignore-eos", "--temperature", "0"]
     given += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,95,99"]
     if point.token_ms:
@@ -205,14 +205,23 @@ def arguments(target: Target, point: Point, plan: dict[str, Any], seed: int) -> 
     return given
 
 
+def seed(point: Point, index: int, name: str, names: list[str]) -> int:
+    """What prompts and moments of a round are drawn from.
+
+    Prompts are others for each target: two ways to one engine share its prefix cache, and the second would be answered sooner. By the clock
+    there is none, and both ways get the same requests at the same moments: those that come together make the 99th percentile.
+    """
+    return index if point.token_ms else index * len(names) + names.index(name)
+
+
 def points(plan: dict[str, Any]) -> list[tuple[Point, int, list[str]]]:
     """What is measured: a point, how often, and with which targets (by their part)."""
     matrix, chain, paced = plan["matrix"], plan["chain"], plan["paced"]
-    found = [
-        (Point("matrix", n, matrix["output"], c, max(matrix["least"], c * matrix["each"])), matrix["rounds"], matrix["targets"])
-        for n in matrix["input"]
-        for c in matrix["concurrency"]
-    ]
+    found = []
+    for n in matrix["input"]:
+        for c in matrix["concurrency"]:
+            requests = max(matrix["least"], min(c * matrix["each"], matrix.get("most", sys.maxsize)), c)
+            found.append((Point("matrix", n, matrix["output"], c, requests), matrix["rounds"], matrix["targets"]))
     found += [
         (Point("chain", chain["input"], p["output"], p["concurrency"], p["requests"]), p.get("rounds", chain["rounds"]), chain["targets"])
         for p in chain["points"]
@@ -254,10 +263,7 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
         for point, rounds, names in todo:
             for index in range(rounds):
                 for name in names[:: -1 if index % 2 else 1]:
-                    # prompts of its own: two ways to one engine share its prefix cache, and the second would be answered sooner (by the
-                    # clock there is none: the same requests at the same moments, as those that come together make the 99th percentile)
-                    seed = index if point.token_ms else index * len(targets) + list(targets).index(name)
-                    result = generators[name].run(arguments(targets[name], point, plan, seed))
+                    result = generators[name].run(arguments(targets[name], point, plan, seed(point, index, name, list(targets))))
                     done += 1
                     at = (
                         f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"

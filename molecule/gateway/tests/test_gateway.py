@@ -463,6 +463,52 @@ def test_a_stopped_service_costs_no_request(client, on):
     assert {a.json()["host"] for a in answers} == {"node2"}
 
 
+def connections(host, backend):
+    """Connections to nodes that the present worker made for a backend, and how often it used one again."""
+    rows = [line.split(",") for line in administer(host, "show stat").splitlines()]
+    of = [row for row in rows if row[0] == backend and row[1].startswith("node")]
+    return tuple(sum(int(row[rows[0].index(name)]) for row in of) for name in ("connect", "reuse"))
+
+
+@pytest.mark.parametrize(("backend", "size", "expected"), [("nodes", 10, (0, 20)), ("nodes_large", 20_000, (20, 0))])
+def test_small_requests_share_connections_and_large_ones_have_their_own(client, on, backend, size, expected):
+    def ask(times):
+        assert {client.post("/api/qwen/chat", json={"text": "x" * size}).status_code for _ in range(times)} == {200}
+
+    ask(10)
+    before = connections(on("gw1"), backend)
+    ask(20)
+    assert tuple(now - then for now, then in zip(connections(on("gw1"), backend), before, strict=True)) == expected
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_terminator_that_is_killed_costs_no_request(client, on, inventory, size):
+    """Clients that keep their connections, while a node's connections break and cannot be made, four times."""
+    stop, answers = threading.Event(), []
+
+    def keep_asking():
+        with httpx.Client(base_url=client.base_url, verify=client_context(inventory), headers=client.headers, timeout=30) as own:
+            while not stop.is_set():
+                try:
+                    answers.append(own.post("/api/qwen/chat", json={"text": "x" * size}).status_code)
+                except httpx.HTTPError as error:
+                    answers.append(repr(error))
+
+    with ThreadPoolExecutor(8) as pool:
+        askers = [pool.submit(keep_asking) for _ in range(8)]
+        try:
+            for _ in range(4):
+                time.sleep(1.5)
+                on("node1").check_output("systemctl kill -s KILL qwen-mtls-proxy")
+        finally:
+            time.sleep(3)
+            stop.set()
+    for asker in askers:
+        asker.result()
+    assert len(answers) > 200
+    assert {*answers} == {200}
+
+
 def test_no_node_at_all_is_said_in_json(client, on):
     for name in ("node1", "node2"):
         on(name).check_output("systemctl stop upstream@8080")
