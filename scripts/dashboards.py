@@ -200,12 +200,12 @@ BOARDS: dict[str, tuple[str, tuple[str, ...], list[list[Panel]]]] = {
                 ),
                 Panel(
                     "Requests by node",
-                    {f'sum by (server) (rate(haproxy_server_http_responses_total{{{GATEWAY},proxy=~"nodes|nodes_large"}}[5m]))': "{{server}}"},
+                    {f'sum by (server) (rate(haproxy_server_http_responses_total{{{GATEWAY},proxy=~"nodes.*"}}[5m]))': "{{server}}"},
                     "reqps",
                 ),
                 Panel(
                     "Second tries",
-                    {f'sum by (server) (rate(haproxy_server_retry_warnings_total{{{GATEWAY},proxy=~"nodes|nodes_large"}}[5m]))': "{{server}}"},
+                    {f'sum by (server) (rate(haproxy_server_retry_warnings_total{{{GATEWAY},proxy=~"nodes.*"}}[5m]))': "{{server}}"},
                     "reqps",
                 ),
             ],
