@@ -1,6 +1,7 @@
 """Role mtls_proxy: who is answered, who is not, and what is passed on."""
 
 import json
+import threading
 
 import pytest
 
@@ -127,6 +128,29 @@ def test_a_stream_is_not_buffered(on):
     times = [int(t) / 1e9 for t in out.split()]
     assert len(times) == 5
     assert times[-1] - times[0] > 1.2
+
+
+# asks once over a connection, and says what comes next on it, unasked, within ten seconds
+WAIT = """
+import http.client, ssl
+context = ssl.create_default_context(cafile="/etc/qwen-pki/ca.crt")
+context.load_cert_chain("/etc/qwen-pki/host.crt", "/etc/qwen-pki/host.key")
+connection = http.client.HTTPSConnection("node1", 8080, context=context, timeout=10)
+connection.request("GET", "/ready")
+answer = connection.getresponse()
+answer.read()
+print(answer.status, connection.sock.recv(1))
+"""
+
+
+def test_connections_that_wait_end_at_a_reload(on):
+    """A gateway keeps them, and would go on with a certificate that is revoked by now."""
+    reload = threading.Timer(2, lambda: on("node1").check_output("systemctl reload qwen-mtls-proxy"))
+    reload.start()
+    try:
+        assert on("gw1").check_output("python3 -c %s", WAIT) == "200 b''"
+    finally:
+        reload.join()
 
 
 def test_refusals_stand_in_the_log_with_the_name(on):
