@@ -470,15 +470,18 @@ def connections(host, backend):
     return tuple(sum(int(row[rows[0].index(name)]) for row in of) for name in ("connect", "reuse"))
 
 
-@pytest.mark.parametrize(("backend", "size", "expected"), [("nodes", 10, (0, 20)), ("nodes_large", 20_000, (20, 0))])
-def test_small_requests_share_connections_and_large_ones_have_their_own(client, on, backend, size, expected):
+# (HAProxy looks every 30 s for connections that are too many, and may close the one that would have been next)
+@pytest.mark.parametrize(("backend", "size", "used_again"), [("nodes", 10, {18, 19, 20}), ("nodes_large", 20_000, {0})])
+def test_small_requests_share_connections_and_large_ones_have_their_own(client, on, backend, size, used_again):
     def ask(times):
         assert {client.post("/api/qwen/chat", json={"text": "x" * size}).status_code for _ in range(times)} == {200}
 
     ask(10)
     before = connections(on("gw1"), backend)
     ask(20)
-    assert tuple(now - then for now, then in zip(connections(on("gw1"), backend), before, strict=True)) == expected
+    made, again = (now - then for now, then in zip(connections(on("gw1"), backend), before, strict=True))
+    assert made + again == 20
+    assert again in used_again
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
