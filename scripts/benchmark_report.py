@@ -244,8 +244,8 @@ def _matrix(result: Result) -> list[str]:
 
 
 def judged(limit: float, *figures: Sequence[float]) -> str:
-    """Whether figures of several rounds each keep to a limit; a median says nothing where a figure's rounds are on both sides of it."""
-    if any(min(rounds_of) > limit for rounds_of in figures):
+    """Whether figures of several rounds each keep to a limit: missed by a median, met by every round; else nothing is decided."""
+    if any(statistics.median(rounds_of) > limit for rounds_of in figures):
         return "missed"
     return "met" if all(max(rounds_of) <= limit for rounds_of in figures) else "not decided"
 
