@@ -37,6 +37,7 @@ Verdict = Literal["pass", "fail", "skip"]
 Turns = list[dict[str, Any]]
 VALIDATION = Path(__file__).resolve().parent.parent / "validation"
 PERCENTILES = (50, 95, 99)
+_TICK_S = 0.01
 
 
 class Unusable(ValueError):
@@ -99,10 +100,11 @@ class Latency(Workflow):
 
 @dataclass(frozen=True, kw_only=True)
 class Streaming(Workflow):
-    """A stream of ``tokens`` tokens: when its events arrive, and that it says what the whole answer says."""
+    """A stream of ``tokens`` tokens: when its events arrive, looked at for ``within_s``, and that it says what the whole answer says."""
 
     prompt: str
     tokens: int
+    within_s: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,19 +325,30 @@ async def check_deterministic(subject: Subject, name: str, workflow: Determinist
 
 @dataclass
 class Stream:
-    """A streamed answer: when its client saw what, in seconds since it asked."""
+    """A streamed answer: when its client saw what, in seconds since it asked, and for how long the client itself could not look."""
 
     arrivals: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     text: str = ""
     done: bool = False
     seconds: float = 0.0
+    held_up: float = 0.0
+
+    async def watch_client(self) -> None:
+        """Add up by how much this program comes too late to what it wants to do: what came meanwhile lay in the socket."""
+        while True:
+            began = time.perf_counter()
+            try:
+                await asyncio.sleep(_TICK_S)
+            finally:
+                self.held_up += max(0.0, time.perf_counter() - began - _TICK_S)
 
 
 async def _stream(subject: Subject, prompt: str, tokens: int, leave_after: int | None = None) -> Stream:
     """Have an answer streamed; with ``leave_after``, go away after so many events."""
     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     stream, rest, began = Stream(), b"", time.perf_counter()
+    watch = asyncio.create_task(stream.watch_client())
     try:
         async with subject.http.stream("POST", subject.url + "/chat", json=body) as answer:
             if answer.status_code != 200:
@@ -358,6 +371,9 @@ async def _stream(subject: Subject, prompt: str, tokens: int, leave_after: int |
                     return stream
     except httpx.HTTPError as error:
         raise Broken(f"a stream broke off after {len(stream.arrivals)} events: {error!r}") from error
+    finally:
+        watch.cancel()
+        await asyncio.wait([watch])
     if not stream.done:
         raise Broken(f"a stream ended after {len(stream.arrivals)} events without [DONE]")
     stream.seconds = time.perf_counter() - began
@@ -417,14 +433,26 @@ async def check_latency(subject: Subject, name: str, workflow: Latency, report: 
 async def check_streaming(subject: Subject, name: str, workflow: Streaming, report: Reporter) -> None:
     """Events come as they are made, and say what the whole answer says."""
     with report.case("not buffered") as case:
-        # a client that is held up reads several events at once: of three, the best counts
-        seen = []
-        for _ in range(3):
+        # of three, the best counts; one whose client was held up says nothing, as it reads what has come in the meantime at once
+        seen: list[tuple[float, float, Stream]] = []
+        asked, until = 0, time.perf_counter() + workflow.within_s
+        while len(seen) < 3 and (asked < 3 or time.perf_counter() < until):
+            asked += 1
             stream = await _stream(subject, workflow.prompt, workflow.tokens)
             spread = (stream.reads[-1] - stream.reads[0]) / stream.seconds
-            seen.append((min(spread / 0.5, len(stream.reads) / len(stream.arrivals) / 0.25), spread, stream))
-            if seen[-1][0] >= 1:
+            worth = min(spread / 0.5, len(stream.reads) / len(stream.arrivals) / 0.25)
+            if worth < 1 and stream.held_up > 0.25 * stream.seconds:
+                await asyncio.sleep(0.2)
+                continue
+            seen.append((worth, spread, stream))
+            if worth >= 1:
                 break
+        if not seen:
+            case.skip(
+                f"this client was held up itself in each of {asked} streams, in the last for {stream.held_up:.2f} of its "
+                f"{stream.seconds:.2f} s: its machine is too busy"
+            )
+            return
         worth, spread, stream = max(seen, key=lambda entry: entry[0])
         line = (
             f"{len(stream.arrivals)} events in {len(stream.reads)} reads, spread over {spread:.0%} of the answer's {stream.seconds:.2f} s"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import validate_qwen_workflows
 import yaml
 from breaking import BreakingProxy
 from conftest import Running
@@ -202,6 +205,46 @@ def test_a_buffered_stream_is_named(validation: Validation, service: Running, pr
     assert told
     assert int(told[1]) in proxy.held
     assert int(told[1]) > 48
+
+
+class HeldUp:
+    """A client that gets no processor time: from each stream's begin on, as often as it is told, nothing of it runs for 1.5 seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.times, self.tick = times, validate_qwen_workflows.Stream.watch_client
+        monkeypatch.setattr(validate_qwen_workflows.Stream, "watch_client", lambda stream: self.watch(stream))
+
+    async def watch(self, stream: validate_qwen_workflows.Stream) -> None:
+        """As the client watches itself."""
+        if self.times:
+            self.times -= 1
+            asyncio.get_running_loop().call_later(0.005, time.sleep, 1.5)
+        await self.tick(stream)
+
+
+@pytest.mark.engine
+def test_a_client_that_is_held_up_does_not_call_a_stream_buffered(
+    validation: Validation, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HeldUp(monkeypatch, 4)
+    status, results = validation(service, "--only", "streaming")
+    assert (status, failed(results)) == (0, {})
+    assert results["streaming/not buffered"]["figures"]["spread"] > 0.5
+
+
+@pytest.mark.engine
+def test_a_client_that_is_always_held_up_says_so(
+    validation: Validation, service: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yml").write_text("check: streaming\nabout: mine\nprompt: Explain.\ntokens: 16\nwithin_s: 0\n")
+    HeldUp(monkeypatch, 1000)
+    status, results = validation(service, "--workflows", str(tmp_path))
+    assert status == 0
+    assert results["mine/not buffered"]["verdict"] == "skip"
+    assert re.fullmatch(
+        r"this client was held up itself in each of 3 streams, in the last for 1\.\d\d of its \d\.\d\d s: its machine is too busy",
+        results["mine/not buffered"]["line"],
+    )
 
 
 @pytest.mark.engine
