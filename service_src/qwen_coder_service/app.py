@@ -23,7 +23,7 @@ from . import __version__, metrics
 from .backends.base import Backend, BackendDead
 from .errors import ApiError, invalid
 from .formats import ChatFormat, Format, OpenAIFormat
-from .lifecycle import Sigterm, State, Watch, leave, sd_notify
+from .lifecycle import COLLECTIONS, Sigterm, State, Watch, collect_when_idle, leave, sd_notify
 from .schemas import ChatAnswer, ChatRequest, Completion, CompletionRequest, ErrorAnswer, Health, Models
 from .service import Question, Service
 from .settings import EX_CONFIG, Settings, claim
@@ -66,7 +66,7 @@ def create_app(settings: Settings, backend: Backend | None = None, leave: Callab
             elif not stopping:
                 loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(stop())))
 
-        watch: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         sd_notify("STATUS=loading the model")
         began = time.monotonic()
         with Sigterm(terminated) as sigterm:
@@ -82,14 +82,16 @@ def create_app(settings: Settings, backend: Backend | None = None, leave: Callab
                 # what was loaded stays: the collector need not look at a million objects again while answers are made
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(*COLLECTIONS)
                 service.set_state(State.READY)
                 log.info("ready", extra={"seconds": round(time.monotonic() - began, 1), "model": settings.model_name})
                 sd_notify("READY=1\nSTATUS=ready")
-                watch = asyncio.create_task(Watch(engine, settings.stall_timeout_s, service.ended).run())
+                tasks.append(asyncio.create_task(Watch(engine, settings.stall_timeout_s, service.ended).run()))
+                tasks.append(asyncio.create_task(collect_when_idle(service.idle)))
                 yield
             finally:
-                if watch is not None:
-                    watch.cancel()
+                for task in tasks:
+                    task.cancel()
                 await engine.stop()
                 await server.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import gc
 import json
 import logging
 import mmap
@@ -120,6 +121,25 @@ class Ends:
             self._file.with_suffix(".new").replace(self._file)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._file, error)
+
+
+COLLECTIONS = (700, 2, 200)
+"""``gc.set_threshold`` of a service that answers: the young are looked at in small steps, all objects rarely."""
+
+
+async def collect_when_idle(idle: asyncio.Event, every_s: float = 10.0) -> None:
+    """Have Python look at all objects, as often as it would by itself, while nobody waits for an answer.
+
+    With 256 streams that takes 60 ms, in which none of them gets a token (measured, docs/decisions.md).
+
+    Args:
+        idle: set while there is no request.
+        every_s: seconds between two looks.
+    """
+    while True:
+        await asyncio.sleep(every_s)
+        if idle.is_set() and gc.get_count()[2] > 10:
+            gc.collect()
 
 
 class Watch:

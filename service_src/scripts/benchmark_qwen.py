@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
 import json
 import os
@@ -88,6 +89,10 @@ def work() -> None:
     for line in sys.stdin:
         parser = FlexibleArgumentParser()
         serve.add_cli_args(parser)
+        # what it waits for itself is not the service's: garbage of a run is collected after it
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         try:
             found = serve.main(parser.parse_args(json.loads(line)))
             answer = {key: value for key, value in found.items() if key not in DROPPED}
@@ -95,6 +100,8 @@ def work() -> None:
             answer["first_error"] = str(errors[0])[-300:] if errors else None
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the one who asked says it
             answer = {"error": repr(error)}
+        finally:
+            gc.enable()
         results.write(json.dumps(answer, default=str) + "\n")
         results.flush()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import httpx
 import pytest
 from conftest import FakeBackend
 
-from qwen_coder_service.lifecycle import End, Ends, Watch, sd_notify
+from qwen_coder_service.lifecycle import COLLECTIONS, End, Ends, Watch, collect_when_idle, sd_notify
 
 STALL_S = 0.4
 
@@ -143,3 +145,32 @@ def test_a_manager_that_does_not_read_stops_nothing(
             while True:
                 heard.append(manager.recv(4096))
         assert heard[-1] == b"READY=1"
+
+
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+async def test_all_objects_are_looked_at_while_nobody_waits() -> None:
+    cycle = Cycle()
+    gone = weakref.ref(cycle)
+    gc.collect()  # it is one of the old objects from here on
+    del cycle
+    for _ in range(11):
+        gc.collect(1)
+    idle = asyncio.Event()
+    task = asyncio.create_task(collect_when_idle(idle, 0.01))
+    await asyncio.sleep(0.1)
+    assert gone() is not None
+    idle.set()
+    await asyncio.sleep(0.1)
+    assert gone() is None
+    task.cancel()
+
+
+async def test_what_was_loaded_is_never_looked_at_and_all_the_rest_rarely(client: httpx.AsyncClient) -> None:
+    assert gc.get_freeze_count() > 100_000
+    assert gc.get_threshold() == COLLECTIONS
