@@ -90,6 +90,12 @@ def test_ratios_are_of_rounds(tmp_path: Path) -> None:
     assert text.count("**met**") == 5
 
 
+def test_the_middle_is_deaf_to_one_round() -> None:
+    assert benchmark_report.middle([0.5, 0.6, 0.7]) == pytest.approx(0.6)
+    assert benchmark_report.middle([0.6, 0.6, 0.6, 0.6, 9.0]) == pytest.approx(0.6)
+    assert benchmark_report.middle([2.0]) == 2.0
+
+
 def test_rounds_on_both_sides_of_a_limit_decide_nothing() -> None:
     run = result()
     last = next(r for r in run["runs"] if (r["target"], r["concurrency"], r["round"]) == ("paced gateway", 256, 2))
@@ -211,6 +217,13 @@ PACED = {
 }  # fmt: skip
 
 
+def test_each_round_has_all_points_and_the_targets_take_turns() -> None:
+    often, once = (benchmark_qwen.Point("chain", 32, 8, c, c) for c in (1, 1000))
+    seen = [(index, point.concurrency, name) for index, point, name in benchmark_qwen.turns([(often, 2, ["a", "b"]), (once, 1, ["a", "b"])])]
+    assert seen == [(0, 1, "a"), (0, 1, "b"), (0, 1000, "a"), (0, 1000, "b"), (1, 1, "b"), (1, 1, "a")]
+    assert list(benchmark_qwen.turns([])) == []
+
+
 def test_what_is_measured_by_the_clock_is_a_part_of_its_own() -> None:
     """Both ways, in the service's place; requests come as often as keep so many there."""
     benchmark = filters("benchmark")
@@ -226,6 +239,10 @@ def test_what_is_measured_by_the_clock_is_a_part_of_its_own() -> None:
         seen[backends[0]] = [(vars(point), rounds, names) for point, rounds, names in benchmark_qwen.points(load)]
     assert [(point["part"], point["concurrency"], point["requests"], rounds) for point, rounds, _ in seen["vllm"]] == [
         ("matrix", 1, 12, 3), ("matrix", 8, 32, 3), ("matrix", 64, 128, 3), ("chain", 1000, 1000, 1),
+    ]  # fmt: skip
+    load = benchmark.benchmark_load(targets, ["vllm", "transformers"], {**MATRIX, "gateway_rounds": 1}, CHAIN, PACED)
+    assert [(point.concurrency, rounds, names) for point, rounds, names in benchmark_qwen.points(load)][:2] == [
+        (1, 3, ["vLLM direct", "transformers direct"]), (1, 1, ["vLLM gateway"]),
     ]  # fmt: skip
     assert {tuple(names) for _, _, names in seen["paced"]} == {("paced direct", "paced gateway")}
     assert [(point["part"], point["rate"], point["token_ms"], rounds) for point, rounds, _ in seen["paced"]] == [

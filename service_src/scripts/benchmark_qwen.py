@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measure services with `vllm bench serve`, in turns, as a plan says; playbooks/benchmark.yml makes the plan (docs/benchmark/README.md).
 
-Each target has a load generator of its own, a process that is started once: importing vLLM takes longer than many a run. For each
-point (tokens in, requests at a time) all targets are measured one after the other, in changing order, as often as the plan says: what
-slows the machine for a while slows them all. Every run's figures are kept. Run it with the Python of the tests' environment or a release:
+Each target has a load generator of its own, a process that is started once: importing vLLM takes longer than many a run. In each round
+all points (tokens in, requests at a time) are measured, each with all targets one after the other, in changing order: what slows the
+machine for a while slows them all, and is but one round of each point. Every run's figures are kept. Run it with the Python of the
+tests' environment or a release:
 
     service_src/.venv/bin/python service_src/scripts/benchmark_qwen.py plan.json --output result.json
 """
@@ -224,11 +225,19 @@ def seed(point: Point, index: int, name: str, names: list[str]) -> int:
 def points(plan: dict[str, Any]) -> list[tuple[Point, int, list[str]]]:
     """What is measured: a point, how often, and with which targets (by their part)."""
     matrix, chain, paced = plan["matrix"], plan["chain"], plan["paced"]
-    found = []
+    paths = {target["name"]: target["path"] for target in plan["targets"]}
+    found: list[tuple[Point, int, list[str]]] = []
+    # through the gateway, the chain's points say more: the matrix may have fewer rounds of it
+    through = [name for name in matrix["targets"] if paths.get(name) == "gateway"]
+    direct = [name for name in matrix["targets"] if name not in through]
     for n in matrix["input"]:
         for c in matrix["concurrency"]:
             requests = max(matrix["least"], min(c * matrix["each"], matrix.get("most", sys.maxsize)), c)
-            found.append((Point("matrix", n, matrix["output"], c, requests), matrix["rounds"], matrix["targets"]))
+            point = Point("matrix", n, matrix["output"], c, requests)
+            if "gateway_rounds" in matrix:
+                found += [(point, matrix["rounds"], direct), (point, matrix["gateway_rounds"], through)]
+            else:
+                found.append((point, matrix["rounds"], matrix["targets"]))
     found += [
         (Point("chain", chain["input"], p["output"], p["concurrency"], p["requests"]), p.get("rounds", chain["rounds"]), chain["targets"])
         for p in chain["points"]
@@ -239,6 +248,14 @@ def points(plan: dict[str, Any]) -> list[tuple[Point, int, list[str]]]:
         point = Point("paced", paced["input"], p["output"], p["concurrency"], p["requests"], rate, p["token_ms"])
         found.append((point, p.get("rounds", paced["rounds"]), paced["targets"]))
     return [entry for entry in found if entry[2]]
+
+
+def turns(todo: list[tuple[Point, int, list[str]]]) -> Iterator[tuple[int, Point, str]]:
+    """The runs in their order: round, point, target. A machine that is slower for a minute is so for one round of each point."""
+    for index in range(max((rounds for _, rounds, _ in todo), default=0)):
+        for point, rounds, names in todo:
+            if index < rounds:
+                yield from ((index, point, name) for name in names[:: -1 if index % 2 else 1])
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -267,16 +284,12 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
             generator.ready()
         todo = points(plan)
         total, done, began = sum(rounds * len(names) for _, rounds, names in todo), 0, time.monotonic()
-        for point, rounds, names in todo:
-            for index in range(rounds):
-                for name in names[:: -1 if index % 2 else 1]:
-                    result = generators[name].run(arguments(targets[name], point, plan, seed(point, index, name, list(targets))))
-                    done += 1
-                    at = (
-                        f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"
-                    )
-                    print(f"{at}  {name:<22} {shown(result)}", flush=True)
-                    runs.append({"target": name, **vars(point), "round": index, "result": result})
+        for index, point, name in turns(todo):
+            result = generators[name].run(arguments(targets[name], point, plan, seed(point, index, name, list(targets))))
+            done += 1
+            at = f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"
+            print(f"{at}  {name:<22} {shown(result)}", flush=True)
+            runs.append({"target": name, **vars(point), "round": index, "result": result})
     return {
         "label": plan["label"],
         "note": plan.get("note", ""),
