@@ -219,7 +219,8 @@ PACED = {
 
 def test_each_round_has_all_points_and_the_targets_take_turns() -> None:
     often, once = (benchmark_qwen.Point("chain", 32, 8, c, c) for c in (1, 1000))
-    seen = [(index, point.concurrency, name) for index, point, name in benchmark_qwen.turns([(often, 2, ["a", "b"]), (once, 1, ["a", "b"])])]
+    turns = benchmark_qwen.turns([(often, 2, ["a", "b"]), (once, 1, ["a", "b"])])
+    seen = [(index, point.concurrency, name) for index, point, name in turns]
     assert seen == [(0, 1, "a"), (0, 1, "b"), (0, 1000, "a"), (0, 1000, "b"), (1, 1, "b"), (1, 1, "a")]
     assert list(benchmark_qwen.turns([])) == []
 

@@ -283,10 +283,9 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
         for generator in generators.values():
             generator.ready()
         todo = points(plan)
-        total, done, began = sum(rounds * len(names) for _, rounds, names in todo), 0, time.monotonic()
-        for index, point, name in turns(todo):
+        total, began = sum(rounds * len(names) for _, rounds, names in todo), time.monotonic()
+        for done, (index, point, name) in enumerate(turns(todo), 1):
             result = generators[name].run(arguments(targets[name], point, plan, seed(point, index, name, list(targets))))
-            done += 1
             at = f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"
             print(f"{at}  {name:<22} {shown(result)}", flush=True)
             runs.append({"target": name, **vars(point), "round": index, "result": result})
