@@ -85,15 +85,15 @@ def work() -> None:
 
     # on cores that everything shares, what the load generator needs comes on top of what is measured: TLS most of all
     uvloop.install()
+    # pauses of its own are not the service's: garbage of a run is collected before the next, what was imported never
+    gc.disable()
+    gc.freeze()
     results.write("{}\n")
     results.flush()
     for line in sys.stdin:
         parser = FlexibleArgumentParser()
         serve.add_cli_args(parser)
-        # what it waits for itself is not the service's: garbage of a run is collected after it
         gc.collect()
-        gc.freeze()
-        gc.disable()
         try:
             found = serve.main(parser.parse_args(json.loads(line)))
             answer = {key: value for key, value in found.items() if key not in DROPPED}
@@ -101,8 +101,6 @@ def work() -> None:
             answer["first_error"] = str(errors[0])[-300:] if errors else None
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the one who asked says it
             answer = {"error": repr(error)}
-        finally:
-            gc.enable()
         results.write(json.dumps(answer, default=str) + "\n")
         results.flush()
 
