@@ -9,13 +9,15 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers of a service, without an engine."""
+    """Answers of a service, without an engine; `from` is the connection that a request came over."""
 
     protocol_version = "HTTP/1.1"
+    # an answer is there or not, and never only its head
+    wbufsize = -1
 
     def answer(self, body: dict[str, object], status: int = 200) -> None:
         """Send JSON."""
-        data = json.dumps(body).encode()
+        data = json.dumps({"path": self.path, "host": socket.gethostname(), "from": self.client_address, **body}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Powered-By", "a test")
@@ -38,13 +40,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/ready" and slow.exists():
             time.sleep(float(slow.read_text()))
         ready = not Path("/run/upstream-unready").exists()
-        self.answer({"path": self.path, "host": socket.gethostname()}, 200 if ready or self.path != "/ready" else 503)
+        self.answer({}, 200 if ready or self.path != "/ready" else 503)
 
     def do_POST(self) -> None:
         """Echo what arrived, or stream five events, 0.4 s apart."""
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         if not body.get("stream"):
-            self.answer({"path": self.path, "host": socket.gethostname(), "headers": dict(self.headers), "body": body})
+            self.answer({"headers": dict(self.headers), "body": body})
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -53,6 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         for index in range(body.get("events", 5)):
             data = f"data: {index}\n\n".encode()
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            self.wfile.flush()
             time.sleep(0.4)
         self.wfile.write(b"0\r\n\r\n")
 

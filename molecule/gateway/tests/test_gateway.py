@@ -484,9 +484,17 @@ def test_small_requests_share_connections_and_large_ones_have_their_own(client, 
     assert again in used_again
 
 
+# (systemd starts a terminator anew, and nobody the stand-in for a service)
+KILL = {
+    "terminator": "systemctl kill -s KILL qwen-mtls-proxy",
+    "service": "systemctl kill -s KILL upstream@8080; sleep 1; systemctl start upstream@8080",
+}
+
+
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_a_terminator_that_is_killed_costs_no_request(client, on, inventory, size):
-    """Clients that keep their connections, while a node's connections break and cannot be made, four times."""
+@pytest.mark.parametrize("kill", KILL.values(), ids=KILL)
+def test_what_is_killed_costs_no_request(client, on, inventory, kill, size):
+    """Clients that keep their connections, while those to a node, or on to its service, break and cannot be made, four times."""
     stop, answers = threading.Event(), []
 
     def keep_asking():
@@ -503,7 +511,7 @@ def test_a_terminator_that_is_killed_costs_no_request(client, on, inventory, siz
         try:
             for _ in range(4):
                 time.sleep(1.5)
-                on("node1").check_output("systemctl kill -s KILL qwen-mtls-proxy")
+                on("node1").check_output(kill)
         finally:
             time.sleep(3)
             stop.set()

@@ -130,6 +130,17 @@ def test_a_stream_is_not_buffered(on):
     assert times[-1] - times[0] > 1.2
 
 
+@pytest.mark.parametrize(("size", "connections"), [(10, {1, 2}), (16384, {1, 2}), (16385, {10})])
+def test_small_requests_share_connections_to_the_service_and_large_ones_have_their_own(on, curl, size, connections):
+    """Each comes over a connection of its own to the terminator. (One that is kept may be closed as it was idle for long.)"""
+    host = on("gw1")
+    host.check_output("head -c %s /dev/zero | tr '\\0' ' ' | sed 's/^../{}/' > /tmp/body", str(size))
+    assert host.file("/tmp/body").size == size
+    answers = [curl(host, f"{SERVICE}/chat", f"{IDENTITY} {CA} --data-binary @/tmp/body") for _ in range(10)]
+    assert {status for _, status, _ in answers} == {200}
+    assert len({tuple(json.loads(body)["from"]) for *_, body in answers}) in connections
+
+
 # asks once over a connection, and says what comes next on it, unasked, within ten seconds
 WAIT = """
 import http.client, ssl
