@@ -116,6 +116,13 @@ def ratio(result: Result, part: str, pair: tuple[str, str], key: tuple[int, int]
     return middle([x[figure] / y[figure] for x, y in zip(a, b, strict=True)])
 
 
+def throughput_ratio(result: Result, part: str, pair: tuple[str, str], key: tuple[int, int]) -> float:
+    """All rounds' tokens in all rounds' time, of one target by the other's; it varies less than what is made of single rounds' ratios."""
+    a, b = (rounds(result, part, name, key) for name in pair)
+    x, y = (sum(run["total_output_tokens"] for run in runs) / sum(run["duration"] for run in runs) for runs in (a, b))
+    return float(x / y)
+
+
 def differences(result: Result, part: str, pair: tuple[str, str], key: tuple[int, int], figure: str) -> list[float]:
     """The rounds' differences."""
     a, b = (rounds(result, part, name, key) for name in pair)
@@ -147,6 +154,8 @@ def pairs(result: Result) -> dict[str, tuple[str, tuple[str, str]]]:
     direct, gateway = _of(result, "chain", path="direct"), _of(result, "chain", path="gateway")
     if direct and gateway:
         found["through the gateway / direct"] = ("chain", (gateway, direct))
+    if clock := by_clock(result):
+        found["through the gateway / direct, by the clock"] = ("paced", clock)
     for _, names in found.values():
         check_equal_hardware(result, names)
     return found
@@ -255,18 +264,17 @@ def judged(limit: float, *figures: Sequence[float]) -> str:
     return "met" if all(max(rounds_of) <= limit for rounds_of in figures) else "not decided"
 
 
-def chain_verdicts(result: Result, pair: tuple[str, str]) -> list[str]:
+def chain_verdicts(result: Result) -> list[str]:
     """What the chain may cost, and whether it keeps to that here; a sentence each."""
-    points = {concurrency: (tokens, concurrency) for tokens, concurrency in keys(result, "chain")}
     found = []
-    clock = by_clock(result)
-    for part, ways, how in (("chain", pair, ""), ("paced", clock, ", by the clock")):
-        if not ways:
+    for title, (part, ways) in pairs(result).items():
+        if part == "matrix":
             continue
+        how = title.removeprefix("through the gateway / direct")
         points_of = {concurrency: (tokens, concurrency) for tokens, concurrency in keys(result, part)}
         at, limit = CHAIN_LOSS
         if at in points_of:
-            loss = 1 - ratio(result, part, ways, points_of[at], "output_throughput")
+            loss = 1 - throughput_ratio(result, part, ways, points_of[at])
             verdict = "met" if loss <= limit else "missed"
             found.append(f"at {at}{how}: {loss:.1%} of the throughput lost; at most {limit:.0%} wanted: **{verdict}**")
         at, limit = CHAIN_P99_MS
@@ -277,12 +285,12 @@ def chain_verdicts(result: Result, pair: tuple[str, str]) -> list[str]:
                 f"between tokens {statistics.median(between):+.1f} ms (rounds {min(between):+.1f} to {max(between):+.1f}); "
                 f"at most {limit:+.0f} ms wanted: **{judged(limit, first, between)}**"
             )
-    if CHAIN_STREAMS in points:
-        failed = [sum(run["failed"] for run in rounds(result, "chain", name, points[CHAIN_STREAMS])) for name in pair]
-        found.append(
-            f"{CHAIN_STREAMS} streams at a time: {failed[0]} failed through the gateway, {failed[1]} direct; none wanted: "
-            f"**{'met' if not failed[0] else 'missed'}**"
-        )
+        if CHAIN_STREAMS in points_of:
+            failed = [sum(run["failed"] for run in rounds(result, part, name, points_of[CHAIN_STREAMS])) for name in ways]
+            found.append(
+                f"{CHAIN_STREAMS} streams at a time{how}: {failed[0]} failed through the gateway, {failed[1]} direct; none wanted: "
+                f"**{'met' if not failed[0] else 'missed'}**"
+            )
     return found
 
 
@@ -293,7 +301,7 @@ def _chain(result: Result, part: str, pair: tuple[str, str]) -> list[str]:
         out = next(run["output"] for run in result["runs"] if (run["part"], run["input"], run["concurrency"]) == (part, *key))
         rows.append([
             str(key[1]), str(out), f"{median(direct, 'output_throughput'):.0f}", f"{median(gateway, 'output_throughput'):.0f}",
-            f"{1 - ratio(result, part, pair, key, 'output_throughput'):+.1%}",
+            f"{1 - throughput_ratio(result, part, pair, key):+.1%}",
             *(f"{median(direct, f'{p}_{name}_ms'):.1f} {added(result, part, pair, key, f'{p}_{name}_ms'):+.1f}"
               for name in ("ttft", "itl") for p in ("p50", "p99")),
             f"{sum(r['failed'] for r in direct)} / {sum(r['failed'] for r in gateway)}",
@@ -309,7 +317,7 @@ def agreement(first: Result, second: Result) -> list[tuple[str, tuple[int, int],
     found = []
     for title, (part, pair) in pairs(first).items():
         for key in keys(first, part):
-            a, b = (ratio(result, part, pair, key, "output_throughput") for result in (first, second))
+            a, b = (throughput_ratio(result, part, pair, key) for result in (first, second))
             found.append((title, key, a, b, abs(a - b) / min(a, b)))
     return found
 
@@ -324,11 +332,8 @@ def document(result: Result, again: Result | None = None) -> str:
         "How it is measured, and how to measure your own hosts: [README.md](README.md).",
         "",
     ]
-    for title, names in (("vLLM / transformers", "matrix"), ("through the gateway / direct", "chain")):
-        if title not in sides:
-            continue
-        pair = sides[title][1]
-        low_high = sorted(ratio(result, names, pair, key, "output_throughput") for key in keys(result, names))
+    for title, (part, pair) in sides.items():
+        low_high = sorted(throughput_ratio(result, part, pair, key) for key in keys(result, part))
         lines.append(f"- {title}: {low_high[0]:.2f} to {low_high[-1]:.2f} times the tokens/s, by load.")
     machine = {"load generator": result["machine"]["client"], **result["machine"]["nodes"]}
     if note := result.get("note"):
@@ -344,7 +349,9 @@ def document(result: Result, again: Result | None = None) -> str:
         "",
         "## Concurrency and input length",
         "",
-        f"{load_of['output']} tokens out, greedy; the median of {load_of['rounds']} rounds. Goodput are the requests that kept to "
+        f"{load_of['output']} tokens out, greedy; the median of {load_of['rounds']} rounds"
+        + (f" ({load_of['gateway_rounds']} through the gateway)" if "gateway_rounds" in load_of else "")
+        + ". Goodput are the requests that kept to "
         + ", ".join(f"{metric.upper()} {limit:g} ms" for metric, limit in limits.items())
         + ".",
         "",
@@ -354,37 +361,40 @@ def document(result: Result, again: Result | None = None) -> str:
     ]
     if "vLLM / transformers" in sides:
         part, pair = sides["vLLM / transformers"]
-        rows = [[str(k[0]), str(k[1]), *(f"{ratio(result, part, pair, k, figure):.2f}" for figure in FIGURES)] for k in keys(result, part)]
+        rows = [
+            [str(k[0]), str(k[1]), f"{throughput_ratio(result, part, pair, k):.2f}",
+             *(f"{ratio(result, part, pair, k, figure):.2f}" for figure in ("p50_ttft_ms", "p50_itl_ms"))]
+            for k in keys(result, part)
+        ]  # fmt: skip
         head = ["tokens in", "at a time", "tokens/s", "TTFT p50", "ITL p50"]
-        lines += ["", "## vLLM against transformers", "", "vLLM's figure divided by transformers', the middle of the rounds' ratios.", ""]
-        lines += _table(head, rows)
-    if "through the gateway / direct" in sides:
-        pair = sides["through the gateway / direct"][1]
-        load_of = result["load"]["chain"]
+        lines += ["", "## vLLM against transformers", "", "vLLM's figure divided by transformers': of tokens/s over all rounds, and the "]
+        lines[-1] += "middle of the rounds' ratios."
+        lines += ["", *_table(head, rows)]
+    if verdicts := chain_verdicts(result):
         lines += ["", "## What the chain costs", ""]
         lines += [
-            "Gateway and mutual TLS against the service's own address; "
-            f"{load_of['input']} tokens in, the median of {load_of['rounds']} rounds, where a point has no fewer. Times are direct, and "
-            "what the way through the gateway adds (the median of the rounds' differences).",
-            "",
-            *_chain(result, "chain", pair),
+            "Gateway and mutual TLS against the service's own address. Times are direct, and what the way through the gateway adds (the "
+            "median of the rounds' differences).",
         ]
-        if clock := by_clock(result):
-            load_of = result["load"]["paced"]
-            lines += ["", "### By the clock", ""]
-            lines += [
-                "The same service with an engine by the clock in vLLM's place, which, as a GPU, takes no processor from the chain: "
-                f"each answer gets its first token after {load_of['first_ms']} ms, and then "
-                + ", ".join(
-                    f"at {p['concurrency']} at a time another every {p['token_ms']} ms"
-                    + (" (requests begin at random moments, as many a second as keep so many there)" if p["at_random"] else "")
-                    for p in load_of["points"]
+        for part, pair in sides.values():
+            if part == "matrix":
+                continue
+            load_of, how = result["load"][part], ""
+            if part == "paced":
+                lines += ["", "### By the clock"]
+                how = (
+                    "The same service with an engine by the clock in vLLM's place, which, as a GPU, takes no processor from the chain: "
+                    f"each answer gets its first token after {load_of['first_ms']} ms, and then "
+                    + ", ".join(
+                        f"at {p['concurrency']} at a time another every {p['token_ms']} ms"
+                        + (" (requests begin at random moments, as many a second as keep so many there)" if p["at_random"] else "")
+                        for p in load_of["points"]
+                    )
+                    + ". "
                 )
-                + ".",
-                "",
-                *_chain(result, "paced", clock),
-            ]
-        lines += ["", *(f"- {line}" for line in chain_verdicts(result, pair))]
+            lines += ["", f"{how}{load_of['input']} tokens in, the median of {load_of['rounds']} rounds, where a point has no others."]
+            lines += ["", *_chain(result, part, pair)]
+        lines += ["", *(f"- {line}" for line in verdicts)]
     if again is not None:
         apart = agreement(result, again)
         worst = max(difference for *_, difference in apart)
@@ -464,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1 if found else 0
         apart = agreement(before, after)
         for title, key, a, b, difference in apart:
-            print(f"{title:<30} in {key[0]:>5} c {key[1]:>4}  {a:.2f}  {b:.2f}  {difference:.1%} apart")
+            print(f"{title:<42} in {key[0]:>5} c {key[1]:>4}  {a:.2f}  {b:.2f}  {difference:.1%} apart")
         return 1 if any(difference > given.within / 100 for *_, difference in apart) else 0
     except Incomparable as error:
         print(error, file=sys.stderr)

@@ -38,7 +38,9 @@ ENGINES = ("vLLM direct", "vLLM gateway", "transformers direct")
 def figures(tokens_per_s: float, ms: float, failed: int = 0) -> dict[str, Any]:
     """What the load generator gives, as far as it is read."""
     times = {f"{p}_{name}_ms": ms for p in ("p50", "p95", "p99") for name in ("ttft", "itl", "tpot")}
-    return {**times, "output_throughput": tokens_per_s, "request_throughput": 1.0, "request_goodput": 1.0, "failed": failed}
+    seconds = 2.0
+    tokens = {"output_throughput": tokens_per_s, "total_output_tokens": tokens_per_s * seconds, "duration": seconds}
+    return {**times, **tokens, "request_throughput": 1.0, "request_goodput": 1.0, "failed": failed}
 
 
 def result(label: str = "a", speed: float = 1.0) -> dict[str, Any]:
@@ -48,12 +50,14 @@ def result(label: str = "a", speed: float = 1.0) -> dict[str, Any]:
         {"target": name, "part": part, "input": 64, "output": 32, "concurrency": c, "requests": 9, "round": r,
          "result": figures(rate[name] * speed * (1 + 0.5 * r), 10 + 2 * (name == "vLLM gateway") + 3 * (name == "paced gateway"))}
         for part, names, cs in (
-            ("matrix", ENGINES, (1, 8)), ("chain", ENGINES[:2], (1, 32, 256, 1000)), ("paced", ("paced direct", "paced gateway"), (32, 256))
+            ("matrix", ENGINES, (1, 8)), ("chain", ENGINES[:2], (1, 32, 256, 1000)),
+            ("paced", ("paced direct", "paced gateway"), (32, 256, 1000)),
         )
         for name in names for c in cs for r in range(3)
     ]  # fmt: skip
     load = {"rounds": 3, "output": 32, "input": 64}
     points = [{"concurrency": 32, "token_ms": 30, "at_random": False}, {"concurrency": 256, "token_ms": 250, "at_random": True}]
+    points.append({"concurrency": 1000, "token_ms": 1000, "at_random": False})
     machine = {"processor": "x", "cores": 2, "memory_gib": 23, "gpus": []}
     return {
         "label": label,
@@ -87,7 +91,28 @@ def test_ratios_are_of_rounds(tmp_path: Path) -> None:
     assert "at 256, by the clock: p99 of the first token +3 ms (rounds +3 to +3)" in text
     assert "at 32 at a time another every 30 ms, at 256 at a time another every 250 ms (requests begin at random moments" in text
     assert "1000 streams at a time: 0 failed through the gateway, 0 direct; none wanted: **met**" in text
-    assert text.count("**met**") == 5
+    assert "1000 streams at a time, by the clock: 0 failed through the gateway, 0 direct; none wanted: **met**" in text
+    assert text.count("**met**") == 6
+
+
+def test_the_chain_may_be_measured_by_the_clock_alone() -> None:
+    run = result()
+    run["runs"] = [entry for entry in run["runs"] if entry["part"] != "chain"]
+    text = benchmark_report.document(run)
+    assert "- through the gateway / direct, by the clock: 1.00 to 1.00 times the tokens/s, by load." in text
+    assert "at 32, by the clock: 0.0% of the throughput lost" in text
+    assert "at 32: " not in text
+    assert text.count("**met**") == 3
+
+
+def test_throughput_is_of_all_rounds() -> None:
+    """A round that took three times as long counts three times."""
+    run = result()
+    for entry in run["runs"]:
+        if (entry["target"], entry["round"]) == ("transformers direct", 0):
+            entry["result"]["total_output_tokens"], entry["result"]["duration"] = 100.0, 6.0
+    pair, key = ("vLLM direct", "transformers direct"), (64, 8)
+    assert benchmark_report.throughput_ratio(run, "matrix", pair, key) == pytest.approx(450 / ((100 + 300 + 400) / 10))
 
 
 def test_the_middle_is_deaf_to_one_round() -> None:
@@ -159,7 +184,7 @@ def test_runs_agree_by_their_ratios(tmp_path: Path) -> None:
     other = copy.deepcopy(result("c"))
     for entry in other["runs"]:
         if entry["target"] == "transformers direct":
-            entry["result"]["output_throughput"] *= 1.2
+            entry["result"]["total_output_tokens"] *= 1.2
     assert benchmark_report.main(["agree", first, put(tmp_path / "c", other)]) == 1
 
 
