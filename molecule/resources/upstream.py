@@ -15,6 +15,18 @@ class Handler(BaseHTTPRequestHandler):
     # an answer is there or not, and never only its head
     wbufsize = -1
 
+    def received(self) -> bytes:
+        """The request's body, whichever way it comes: what is left unread would be the next request."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return body
+
     def answer(self, body: dict[str, object], status: int = 200) -> None:
         """Send JSON."""
         data = json.dumps({"path": self.path, "host": socket.gethostname(), "from": self.client_address, **body}).encode()
@@ -27,6 +39,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Ready unless told otherwise by a file, at once unless told so; metrics of an engine where somebody left some."""
+        self.received()
         metrics = Path("/usr/local/lib/upstream.prom")
         if self.path == "/metrics" and metrics.exists():
             data = metrics.read_bytes()
@@ -44,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Echo what arrived, or stream five events, 0.4 s apart."""
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        body = json.loads(self.received() or "{}")
         if not body.get("stream"):
             self.answer({"headers": dict(self.headers), "body": body})
             return

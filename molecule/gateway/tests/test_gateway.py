@@ -426,12 +426,12 @@ def test_a_worker_without_a_successor_asks_a_node(connected, on):
         time.sleep(3)
 
 
-def test_requests_beyond_what_nodes_get_at_a_time_wait_their_turn(client, on):
+def test_requests_beyond_what_nodes_get_at_a_time_wait_their_turn(client, on, inventory):
     """Twelve streams of two seconds, where two nodes get two at a time: three waves, and none refused."""
-    gateway = on("gw1")
+    gateway, many = on("gw1"), str(inventory("gw1", "gateway_node_concurrency"))
     rows = [line.split(",") for line in administer(gateway, "show stat").splitlines()]
     limit = rows[0].index("slim")
-    assert {row[1]: row[limit] for row in rows if row[0] == "nodes" and row[1].startswith("node")} == {"node1": "256", "node2": "256"}
+    assert {row[1]: row[limit] for row in rows if row[0] == "nodes" and row[1].startswith("node")} == {"node1": many, "node2": many}
     for node in ("node1", "node2"):
         administer(gateway, f"set maxconn server nodes/{node} 2")
 
@@ -446,7 +446,7 @@ def test_requests_beyond_what_nodes_get_at_a_time_wait_their_turn(client, on):
         took = time.monotonic() - begun
     finally:
         for node in ("node1", "node2"):
-            administer(gateway, f"set maxconn server nodes/{node} 256")
+            administer(gateway, f"set maxconn server nodes/{node} {many}")
     assert answers == [(200, 5)] * 12
     assert took > 3 * 5 * 0.4 - 0.5
 
