@@ -286,3 +286,11 @@ def test_what_is_measured_by_the_clock_is_a_part_of_its_own() -> None:
     assert words[words.index("--request-rate") + 1] == "32.2"
     assert json.loads(words[words.index("--extra-body") + 1]) == {"seed": 250}
     assert words[words.index("--max-concurrency") + 1] == "256"
+
+
+def test_targets_that_are_reached_in_the_same_way_share_a_load_generator() -> None:
+    """Each takes as long to start as many runs do."""
+    node = {"inventory_hostname": "n", "benchmark_direct_command": "within n", "qwen_service_described": SAID}
+    ways = {t["name"]: benchmark_qwen.Target(**t).way for t in filters("benchmark").benchmark_targets([node], {**WAYS, "paced": True})}
+    assert ways["vLLM direct"] == ways["transformers direct"] == ways["paced direct"]
+    assert ways["vLLM gateway"] == ways["paced gateway"] != ways["vLLM direct"]

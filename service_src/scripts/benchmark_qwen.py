@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure services with `vllm bench serve`, in turns, as a plan says; playbooks/benchmark.yml makes the plan (docs/benchmark/README.md).
 
-Each target has a load generator of its own, a process that is started once: importing vLLM takes longer than many a run. In each round
+Each way has a load generator of its own, a process that is started once: importing vLLM takes longer than many a run. In each round
 all points (tokens in, requests at a time) are measured, each with all targets one after the other, in changing order: what slows the
 machine for a while slows them all, and is but one round of each point. Every run's figures are kept. Run it with the Python of the
 tests' environment or a release:
@@ -53,6 +53,11 @@ class Target:
     tunnel: list[str] = field(default_factory=list)
     ca: str | None = None
     key_file: str | None = None
+
+    @property
+    def way(self) -> tuple[object, ...]:
+        """What a load generator is started with; those that have this in common share one."""
+        return (*self.prefix, self.ca, self.key_file)
 
 
 @dataclass
@@ -106,9 +111,10 @@ def work() -> None:
 
 
 class Generator:
-    """A load generator that waits for runs."""
+    """A load generator that waits for runs, with targets that are reached in the same way."""
 
-    def __init__(self, target: Target, log: IO[bytes], names: Path) -> None:
+    def __init__(self, targets: list[Target], log: IO[bytes], names: Path) -> None:
+        target = targets[0]
         environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(names), os.environ.get("PYTHONPATH")]))
         if target.key_file:
@@ -116,14 +122,14 @@ class Generator:
         if target.ca:
             environment["SSL_CERT_FILE"] = target.ca
         command = [*target.prefix, sys.executable, str(Path(__file__).resolve()), "--work"]
-        self.target = target
+        self.names = " and ".join(each.name for each in targets)
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"the load generator of {self.target.name} ended with {self._process.wait()}; the log says why")
+            raise SystemExit(f"the load generator of {self.names} ended with {self._process.wait()}; the log says why")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -138,7 +144,7 @@ class Generator:
         self._process.stdin.flush()
         answer = self._answer()
         if "error" in answer:
-            raise SystemExit(f"the load generator of {self.target.name} failed: {answer['error']}; the log says more")
+            raise SystemExit(f"the load generator of {self.names} failed: {answer['error']}; the log says more")
         return answer
 
     def end(self) -> None:
@@ -271,11 +277,12 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
     """
     targets = {entry["name"]: Target(**entry) for entry in plan["targets"]}
     version, runs = distribution(folder), []
-    print(f"starting {len(targets)} load generators (vLLM {version}'s)", flush=True)
     with log.open("ab") as output, contextlib.ExitStack() as stack:
         for target in targets.values():
             stack.enter_context(tunnel(target))
-        generators = {name: Generator(target, output, folder) for name, target in targets.items()}
+        ways = {target.way: [each for each in targets.values() if each.way == target.way] for target in targets.values()}
+        print(f"starting {len(ways)} load generators (vLLM {version}'s)", flush=True)
+        generators = {way: Generator(of, output, folder) for way, of in ways.items()}
         for generator in generators.values():
             stack.callback(generator.end)
         for generator in generators.values():
@@ -283,7 +290,7 @@ def measure(plan: dict[str, Any], log: Path, folder: Path) -> dict[str, Any]:
         todo = points(plan)
         total, began = sum(rounds * len(names) for _, rounds, names in todo), time.monotonic()
         for done, (index, point, name) in enumerate(turns(todo), 1):
-            result = generators[name].run(arguments(targets[name], point, plan, seed(point, index, name, list(targets))))
+            result = generators[targets[name].way].run(arguments(targets[name], point, plan, seed(point, index, name, list(targets))))
             at = f"{done:>3}/{total} {time.monotonic() - began:4.0f} s  {point.part:<6} in {point.input:>4} c {point.concurrency:>4}"
             print(f"{at}  {name:<22} {shown(result)}", flush=True)
             runs.append({"target": name, **vars(point), "round": index, "result": result})
