@@ -122,10 +122,10 @@ def test_units_are_hardened(on, unit):
 
 
 def test_units_run_at_boot(on):
-    for unit in ("prometheus-node-exporter", "qwen-exporters", "qwen-dcgm-exporter", "qwen-host-metrics.timer"):
+    for unit in ("prometheus-node-exporter", "qwen-exporters", "qwen-dcgm-exporter", "qwen-host-metrics"):
         assert on("node1").service(unit).is_running
         assert on("node1").service(unit).is_enabled
-    assert not on("mon1").file("/etc/systemd/system/qwen-host-metrics.timer").exists
+    assert not on("mon1").file("/etc/systemd/system/qwen-host-metrics.service").exists
 
 
 def test_the_journal_has_its_limits(on):

@@ -151,8 +151,22 @@ def write(target: Path, text: str) -> None:
     new.replace(target)
 
 
+def look(options: argparse.Namespace) -> None:
+    """Write down what is there now.
+
+    Args:
+        options: the command line's.
+    """
+    out = Exposition()
+    describe_release(out, options.root, options.tier, options.profile)
+    if options.gpus:
+        describe_gpus(out, options.gpus, options.nvidia_smi, kernel_log())
+    out.add("qwen_host_metrics_timestamp_seconds", "When this was written.", time.time())
+    write(options.directory / "qwen_host.prom", out.text())
+
+
 def main() -> None:
-    """Look once."""
+    """Look once, or until it is stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="of the textfile collector")
     parser.add_argument("--root", type=Path, required=True, help="the service's directory")
@@ -160,14 +174,13 @@ def main() -> None:
     parser.add_argument("--profile", required=True)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that the host must have; 0: it has none to watch")
     parser.add_argument("--nvidia-smi", default="nvidia-smi")
+    parser.add_argument("--interval", type=int, default=0, help="seconds from one look to the next; 0: look once")
     options = parser.parse_args()
     os.umask(0o022)
-    out = Exposition()
-    describe_release(out, options.root, options.tier, options.profile)
-    if options.gpus:
-        describe_gpus(out, options.gpus, options.nvidia_smi, kernel_log())
-    out.add("qwen_host_metrics_timestamp_seconds", "When this was written.", time.time())
-    write(options.directory / "qwen_host.prom", out.text())
+    look(options)
+    while options.interval:
+        time.sleep(options.interval)
+        look(options)
 
 
 if __name__ == "__main__":
