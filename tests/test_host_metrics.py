@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,25 @@ def test_the_release_is_the_one_that_current_points_to(tmp_path: Path) -> None:
     assert 'qwen_release_info{release="1.2.3",tier="t",profile="p"} 1' in file.read_text()
     assert "qwen_gpu" not in file.read_text()
     assert (file.stat().st_mode & 0o777, [other.name for other in file.parent.iterdir()]) == (0o644, [file.name])
+
+
+def test_it_looks_again_and_again(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "1").mkdir()
+    command = [sys.executable, str(metrics.__file__), "--directory", f"{tmp_path}/out", "--root", str(tmp_path)]
+    with subprocess.Popen([*command, "--tier", "t", "--profile", "p", "--interval", "1"]) as process:
+        try:
+            (tmp_path / "current").symlink_to(tmp_path / "1")
+            until(tmp_path / "out/qwen_host.prom", 'release="1"')
+            (tmp_path / "current").unlink()
+            (tmp_path / "current").symlink_to(tmp_path / "out")
+            until(tmp_path / "out/qwen_host.prom", 'release="out"')
+        finally:
+            process.terminate()
+
+
+def until(file: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while not (file.exists() and text in file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -59,12 +59,15 @@ def test_every_metric_of_gpus_and_releases_that_is_named_is_there(read):
 
 
 def test_a_lost_gpu_shows(on, read):
+    """To the process that looked before: none is started for a look."""
+    process = on("node1").check_output("systemctl show -P MainPID qwen-host-metrics")
     on("node1").check_output("/opt/fake_gpu/place.py /opt/machine 2x80-missing")
     try:
         until(lambda: "\nqwen_gpu_present 1\n" in read())
     finally:
         on("node1").check_output("/opt/fake_gpu/place.py /opt/machine 2x80-nvlink")
     until(lambda: "\nqwen_gpu_present 2\n" in read())
+    assert on("node1").check_output("systemctl show -P MainPID qwen-host-metrics") == process
 
 
 def test_metrics_of_others_are_shown_too(on, read):
