@@ -126,6 +126,14 @@ def test_it_looks_again_and_again(tmp_path: Path) -> None:
             process.terminate()
 
 
+def test_it_ends_where_nvidia_smi_fails(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, str(metrics.__file__), "--directory", f"{tmp_path}/out", "--root", str(tmp_path), "--interval", "60"]
+    nvidia_smi = str(place(tmp_path / "machine", "no-driver", {}))
+    subprocess.run([*command, "--tier", "t", "--profile", "p", "--gpus", "2", "--nvidia-smi", nvidia_smi], check=True, timeout=30)
+    assert "\nqwen_gpu_driver_ok 0\n" in (tmp_path / "out/qwen_host.prom").read_text()
+
+
 def until(file: Path, text: str) -> None:
     deadline = time.monotonic() + 20
     while not (file.exists() and text in file.read_text()):

@@ -70,6 +70,18 @@ def test_a_lost_gpu_shows(on, read):
     assert on("node1").check_output("systemctl show -P MainPID qwen-host-metrics") == process
 
 
+def test_a_driver_that_fails_and_comes_is_seen_by_a_process_that_started_after_it(on, read):
+    """Which devices it may use, systemd settles as it starts."""
+    process = on("node1").check_output("systemctl show -P MainPID qwen-host-metrics")
+    on("node1").check_output("/opt/fake_gpu/place.py /opt/machine no-driver")
+    try:
+        until(lambda: "\nqwen_gpu_driver_ok 0\n" in read())
+    finally:
+        on("node1").check_output("/opt/fake_gpu/place.py /opt/machine 2x80-nvlink")
+    until(lambda: "\nqwen_gpu_driver_ok 1\n" in read())
+    assert on("node1").check_output("systemctl show -P MainPID qwen-host-metrics") != process
+
+
 def test_metrics_of_others_are_shown_too(on, read):
     """Role pki and others leave files in the directory of the textfile collector."""
     on("node1").check_output("echo 'qwen_from_elsewhere 7' > /var/lib/prometheus/node-exporter/elsewhere.prom")

@@ -97,7 +97,7 @@ def kernel_log() -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
 
 
-def describe_gpus(out: Exposition, expected: int, program: str, log: Iterable[str]) -> None:
+def describe_gpus(out: Exposition, expected: int, program: str, log: Iterable[str]) -> bool:
     """What the GPUs say about themselves, against what the inventory says.
 
     Args:
@@ -105,6 +105,9 @@ def describe_gpus(out: Exposition, expected: int, program: str, log: Iterable[st
         expected: GPUs that the host must have.
         program: nvidia-smi.
         log: the kernel's log, as JSON lines.
+
+    Returns:
+        whether nvidia-smi ended without an error.
     """
     content, found = gpus(program)
     out.add("qwen_gpu_expected", "GPUs that this host has by the inventory.", expected)
@@ -126,6 +129,7 @@ def describe_gpus(out: Exposition, expected: int, program: str, log: Iterable[st
         labels = {"pci": pci, "xid": xid}
         out.add("qwen_gpu_xid_errors", "Errors that the driver logged since the boot.", count, labels)
         out.add("qwen_gpu_xid_last_timestamp_seconds", "When the driver logged such an error last.", last, labels)
+    return content
 
 
 def describe_release(out: Exposition, root: Path, tier: str, profile: str) -> None:
@@ -151,22 +155,30 @@ def write(target: Path, text: str) -> None:
     new.replace(target)
 
 
-def look(options: argparse.Namespace) -> None:
+def look(options: argparse.Namespace) -> bool:
     """Write down what is there now.
 
     Args:
         options: the command line's.
+
+    Returns:
+        False where there are GPUs to watch, and nvidia-smi ended with an error.
     """
     out = Exposition()
+    content = True
     describe_release(out, options.root, options.tier, options.profile)
     if options.gpus:
-        describe_gpus(out, options.gpus, options.nvidia_smi, kernel_log())
+        content = describe_gpus(out, options.gpus, options.nvidia_smi, kernel_log())
     out.add("qwen_host_metrics_timestamp_seconds", "When this was written.", time.time())
     write(options.directory / "qwen_host.prom", out.text())
+    return content
 
 
 def main() -> None:
-    """Look once, or until it is stopped."""
+    """Look once, or until it is stopped or nvidia-smi fails.
+
+    Which devices a unit may use is settled as it starts: one that started before the driver was there must start again.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="of the textfile collector")
     parser.add_argument("--root", type=Path, required=True, help="the service's directory")
@@ -177,10 +189,8 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=0, help="seconds from one look to the next; 0: look once")
     options = parser.parse_args()
     os.umask(0o022)
-    look(options)
-    while options.interval:
+    while look(options) and options.interval:
         time.sleep(options.interval)
-        look(options)
 
 
 if __name__ == "__main__":
