@@ -58,28 +58,24 @@ def test_every_metric_of_gpus_and_releases_that_is_named_is_there(read):
     assert own - scraped == {"qwen_gpu_xid_last_timestamp_seconds"}
 
 
-def test_a_lost_gpu_shows(on, read):
-    """To the process that looked before: none is started for a look."""
+@pytest.mark.parametrize(
+    ("machine", "shown", "again", "stays"),
+    [
+        # none is started for a look
+        pytest.param("2x80-missing", "qwen_gpu_present 1", "qwen_gpu_present 2", True, id="a lost GPU, by the process of before"),
+        # which devices it may use, systemd settles as it starts
+        pytest.param("no-driver", "qwen_gpu_driver_ok 0", "qwen_gpu_driver_ok 1", False, id="a driver that fails, by a new one"),
+    ],
+)
+def test_what_happens_to_gpus_shows(on, read, machine, shown, again, stays):
     process = on("node1").check_output("systemctl show -P MainPID qwen-host-metrics")
-    on("node1").check_output("/opt/fake_gpu/place.py /opt/machine 2x80-missing")
+    on("node1").check_output(f"/opt/fake_gpu/place.py /opt/machine {machine}")
     try:
-        until(lambda: "\nqwen_gpu_present 1\n" in read())
+        until(lambda: f"\n{shown}\n" in read())
     finally:
         on("node1").check_output("/opt/fake_gpu/place.py /opt/machine 2x80-nvlink")
-    until(lambda: "\nqwen_gpu_present 2\n" in read())
-    assert on("node1").check_output("systemctl show -P MainPID qwen-host-metrics") == process
-
-
-def test_a_driver_that_fails_and_comes_is_seen_by_a_process_that_started_after_it(on, read):
-    """Which devices it may use, systemd settles as it starts."""
-    process = on("node1").check_output("systemctl show -P MainPID qwen-host-metrics")
-    on("node1").check_output("/opt/fake_gpu/place.py /opt/machine no-driver")
-    try:
-        until(lambda: "\nqwen_gpu_driver_ok 0\n" in read())
-    finally:
-        on("node1").check_output("/opt/fake_gpu/place.py /opt/machine 2x80-nvlink")
-    until(lambda: "\nqwen_gpu_driver_ok 1\n" in read())
-    assert on("node1").check_output("systemctl show -P MainPID qwen-host-metrics") != process
+    until(lambda: f"\n{again}\n" in read())
+    assert (on("node1").check_output("systemctl show -P MainPID qwen-host-metrics") == process) is stays
 
 
 def test_metrics_of_others_are_shown_too(on, read):
