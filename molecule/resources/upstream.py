@@ -1,19 +1,33 @@
 """What stands behind a proxy in its own scenario: answers with the host's name, streams slowly, has paths nobody should reach."""
 
+import itertools
 import json
 import socket
+import socketserver
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers of a service, without an engine; `from` is the connection that a request came over."""
+    """Answers of a service, without an engine; `from` is the number of the connection that a request came over."""
+
+    connections = itertools.count()
 
     protocol_version = "HTTP/1.1"
     # an answer is there or not, and never only its head
     wbufsize = -1
+
+    def setup(self) -> None:
+        """Number the connection."""
+        super().setup()
+        self.number = next(self.connections)
+
+    def address_string(self) -> str:
+        """For the log; who comes to a path has no address."""
+        return str(self.client_address)
 
     def received(self) -> bytes:
         """The request's body, whichever way it comes: what is left unread would be the next request."""
@@ -29,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict[str, object], status: int = 200) -> None:
         """Send JSON."""
-        data = json.dumps({"path": self.path, "host": socket.gethostname(), "from": self.client_address, **body}).encode()
+        data = json.dumps({"path": self.path, "host": socket.gethostname(), "from": self.number, **body}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Powered-By", "a test")
@@ -79,4 +93,16 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
 
+class Unix(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """The same, at a path."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+
+# port, and path of a socket
+if len(sys.argv) > 2:
+    there = Unix(sys.argv[2], Handler)
+    Path(sys.argv[2]).chmod(0o777)
+    threading.Thread(target=there.serve_forever, daemon=True).start()
 Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

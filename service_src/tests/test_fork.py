@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +28,16 @@ def tell(pipe: Connection, held: int) -> None:
     pipe.send((os.environ.get(METHOD), holds, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.set_wakeup_fd(-1)))
 
 
-@pytest.fixture
-def listening() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        yield sock
+@pytest.fixture(params=["port", "path"])
+def listening(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.socket]:
+    if request.param == "port":
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            yield sock
+    else:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(tmp_path / "service.sock"))
+            sock.listen()
+            yield sock
 
 
 def child(held: int) -> tuple[str | None, bool, bool, int]:

@@ -45,6 +45,21 @@ def test_stop_lets_a_stream_end(on):
     assert stream.stdout.split() == ["rc=0", "10"]
 
 
+@pytest.mark.parametrize(("name", "threads"), [("one", 1), ("two", 3)])
+def test_threads_are_as_many_as_are_set(on, name, threads):
+    host = on("gw1")
+    worker = host.check_output(f"pgrep -P $(systemctl show -p MainPID --value {name}) | tail -1")
+    assert host.check_output(f"ls /proc/{worker}/task | wc -l") == str(threads)
+
+
+def test_freed_memory_is_kept(on):
+    """glibc reads it from the environment of the process."""
+    host = on("gw1")
+    worker = host.check_output("pgrep -P $(systemctl show -p MainPID --value two) | tail -1")
+    set_to = host.check_output(f"tr '\\0' '\\n' < /proc/{worker}/environ | grep ^MALLOC_ | sort").split()
+    assert set_to == ["MALLOC_MMAP_THRESHOLD_=1048576", "MALLOC_TRIM_THRESHOLD_=33554432"]
+
+
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_unit_is_hardened(on, name):
     host = on("gw1")

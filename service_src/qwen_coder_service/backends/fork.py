@@ -31,8 +31,10 @@ def leave_parent_alone() -> None:
             if not stat.S_ISSOCK(os.fstat(number).st_mode):
                 continue
             with socket.socket(fileno=os.dup(number)) as found:
+                # (pipes are sockets without a name; one with a name is the parent's, vLLM's own among them)
+                named = found.family == socket.AF_UNIX and bool(found.getsockname())
                 internet = found.family in (socket.AF_INET, socket.AF_INET6)
-            if internet:
+            if internet or named:
                 os.close(number)
 
 
