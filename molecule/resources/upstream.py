@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers of a service, without an engine; `from` is the number of the connection that a request came over."""
+    """Answers of a service, without an engine; `from` is the number of the connection that a request came over, `over` its kind."""
 
     connections = itertools.count()
 
@@ -41,9 +41,13 @@ class Handler(BaseHTTPRequestHandler):
             pass
         return body
 
+    def came(self) -> dict[str, object]:
+        """The connection; one to a path has no address at its other end."""
+        return {"from": self.number, "over": "port" if self.client_address else "socket"}
+
     def answer(self, body: dict[str, object], status: int = 200) -> None:
         """Send JSON."""
-        data = json.dumps({"path": self.path, "host": socket.gethostname(), "from": self.number, **body}).encode()
+        data = json.dumps({"path": self.path, "host": socket.gethostname(), **self.came(), **body}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Powered-By", "a test")

@@ -139,6 +139,7 @@ def test_small_requests_share_connections_to_the_service_and_large_ones_have_the
     answers = [curl(host, f"{SERVICE}/chat", f"{IDENTITY} {CA} --data-binary @/tmp/body") for _ in range(10)]
     assert {status for _, status, _ in answers} == {200}
     assert len({json.loads(body)["from"] for *_, body in answers}) in connections
+    assert {json.loads(body)["over"] for *_, body in answers} == {"socket"}
 
 
 # asks once over a connection, and says what comes next on it, unasked, within ten seconds

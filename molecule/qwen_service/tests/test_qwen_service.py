@@ -59,6 +59,11 @@ def test_it_listens_on_loopback_only(node):
     assert {"127.0.0.1:8080", "127.0.0.1:9090"} <= listening
 
 
+def test_it_answers_over_its_socket(node):
+    """Whoever the terminator is: it is no member of the service's group."""
+    assert '"ready"' in node.check_output("runuser -u nobody -- curl -fsS --unix-socket /run/qwen-coder/service.sock http://node1/ready")
+
+
 def test_metrics_are_plain_text_for_the_packaged_prometheus(node):
     head, _, body = node.check_output("curl -fsSi -H 'Accept: application/openmetrics-text' http://127.0.0.1:9090/metrics").partition(
         "\r\n\r\n"
